@@ -1,0 +1,1 @@
+"""The models storey: compression methods, checkpoints, the swap of expert modules, evaluation, the command line."""

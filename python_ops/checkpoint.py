@@ -1,0 +1,250 @@
+"""Safetensors checkpoints, read and written one tensor at a time.
+
+Reading goes through transformers' own table of weight conversions, so that what is on disk (one matrix per expert, or
+stacked) reaches a module's parameters exactly as ``from_pretrained`` would bring it there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_COPY_CHUNK = 16 << 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its header and where its data begin."""
+
+    path: Path
+    header: dict[str, dict[str, Any]]  # name -> {"dtype", "shape", "data_offsets"}, in file order
+    metadata: dict[str, str]
+    data_start: int
+
+
+def read_shard(path: Path) -> Shard:
+    """Reads and checks a header. Raises ValueError naming the file if it is missing, truncated or not safetensors."""
+    if not path.is_file():
+        raise ValueError(f"{path}: this shard of the checkpoint is missing")
+    size = path.stat().st_size
+    try:
+        with safe_open(path, framework="pt"):  # the library's own checks of the format
+            pass
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except (SafetensorError, struct.error, ValueError) as error:
+        raise ValueError(f"{path}: truncated or damaged safetensors file of {size} bytes ({error})") from None
+    metadata = header.pop("__metadata__", {})
+    ordered = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
+    return Shard(path, ordered, metadata, 8 + length)
+
+
+class Checkpoint:
+    """A Hugging Face model folder with safetensors weights.
+
+    Raises ValueError naming what is wrong: no such folder, no config.json, no safetensors (pickle weights are never
+    read), a missing or truncated shard, a shard that lacks a tensor the index promises.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ValueError(f"{self.folder}: no such model folder (download a hub model first)")
+        self.config = read_config(self.folder)
+        self.shards = {path.name: read_shard(path) for path in self._shard_paths()}
+        self.shard_of = {name: shard for shard in self.shards.values() for name in shard.header}
+        for name, file in self._promised().items():
+            if name not in self.shards[file].header:
+                raise ValueError(f"{self.folder / file}: lacks {name}, which {INDEX} places there")
+
+    def _promised(self) -> dict[str, str]:
+        path = self.folder / INDEX
+        return json.loads(path.read_text())["weight_map"] if path.is_file() else {}
+
+    def _shard_paths(self) -> list[Path]:
+        promised = self._promised()
+        if promised:
+            return [self.folder / file for file in sorted(set(promised.values()))]
+        if (self.folder / SINGLE).is_file():
+            return [self.folder / SINGLE]
+        pickles = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in self.folder.glob(s))
+        if pickles:
+            raise ValueError(f"{self.folder}: only pickle weights ({pickles[0]}); convert them to safetensors first")
+        raise ValueError(f"{self.folder}: no {SINGLE} and no {INDEX}")
+
+    def load(self, name: str) -> Tensor:
+        """One tensor, from disk."""
+        with safe_open(self.shard_of[name].path, framework="pt") as file:
+            return file.get_tensor(name)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises ValueError if it is missing or not JSON."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no config.json, so not a Hugging Face model folder")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+class ModuleReader:
+    """Brings a module's parameters from disk, by transformers' own conversions for that model.
+
+    model: the dense model, built on meta;  checkpoint: where its weights are
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in mapping if isinstance(m, WeightConverter)]
+        by_pattern = {p: c for c in converters for p in c.source_patterns}
+        state = model.state_dict()
+        self.checkpoint, self.model = checkpoint, model
+        # parameter -> (its converter or None, [(name on disk, converter's pattern)])
+        self.sources: dict[str, tuple[WeightConverter | None, list[tuple[str, str]]]] = {}
+        for name in checkpoint.shard_of:
+            target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+            converter = None if pattern is None else by_pattern[pattern]
+            if name in state:  # on disk under the module's own name already
+                target, pattern, converter = name, None, None
+            self.sources.setdefault(target, (converter, []))[1].append((name, pattern or name))
+
+    def names_on_disk(self, path: str, parameters: Iterable[str]) -> list[str]:
+        """Names of the tensors that make up a module's parameters. Raises ValueError if one has none."""
+        names = []
+        for parameter in parameters:
+            target = f"{path}.{parameter}"
+            if target not in self.sources:
+                raise ValueError(f"{self.checkpoint.folder}: no tensor in the checkpoint makes {target}")
+            names += [name for name, _ in self.sources[target][1]]
+        return names
+
+    def read(self, path: str, parameters: Iterable[str]) -> dict[str, Tensor]:
+        """A module's parameters by name, checked to be finite. Raises ValueError naming the tensor on disk."""
+        return {parameter: self._read(f"{path}.{parameter}") for parameter in parameters}
+
+    def _read(self, target: str) -> Tensor:
+        from transformers.core_model_loading import dot_natural_key
+
+        converter, sources = self.sources[target]
+        converter = deepcopy(converter)
+        for name, pattern in sorted(sources, key=lambda s: dot_natural_key(s[0])):
+            tensor = self.checkpoint.load(name)
+            check_finite(name, tensor)
+            if converter is None:
+                return self._fitting(target, tensor)
+            converter.add_tensor(target, name, pattern, tensor)  # type: ignore[arg-type]
+        assert converter is not None
+        made = converter.convert(target, model=self.model, config=self.model.config)  # type: ignore[arg-type, union-attr]
+        value = made[target]
+        return self._fitting(target, value[0] if isinstance(value, list) else value)
+
+    def _fitting(self, target: str, tensor: Tensor) -> Tensor:
+        expected = self.model.get_parameter(target).shape
+        if tensor.shape != expected:
+            raise ValueError(f"{target}: config.json wants {tuple(expected)}, the checkpoint has {tuple(tensor.shape)}")
+        return tensor
+
+
+# ---- writing
+
+
+def write_subset(shard: Shard, names: Iterable[str], target: Path) -> None:
+    """Copies some tensors of a shard to a new safetensors file, bytes untouched, a few MiB in memory at a time.
+
+    The file appears under its name only once it is whole.
+    """
+    header: dict[str, Any] = {"__metadata__": shard.metadata} if shard.metadata else {}
+    position = 0
+    chosen = [name for name in shard.header if name in set(names)]
+    for name in chosen:
+        start, stop = shard.header[name]["data_offsets"]
+        header[name] = {**shard.header[name], "data_offsets": [position, position + stop - start]}
+        position += stop - start
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    part = target.with_name(target.name + ".part")
+    with shard.path.open("rb") as source, part.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for name in chosen:
+            start, stop = shard.header[name]["data_offsets"]
+            source.seek(shard.data_start + start)
+            _copy(source, out, stop - start)
+        out.flush()
+        os.fsync(out.fileno())
+    part.replace(target)
+
+
+def _copy(source, out, length: int) -> None:
+    while length:
+        chunk = source.read(min(length, _COPY_CHUNK))
+        if not chunk:
+            raise ValueError(f"{source.name}: ends before the data its header promises")
+        out.write(chunk)
+        length -= len(chunk)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file; it appears under its name only once it is whole."""
+    part = target.with_name(target.name + ".part")
+    with source.open("rb") as file, part.open("wb") as out:
+        _copy(file, out, source.stat().st_size)
+        out.flush()
+        os.fsync(out.fileno())
+    part.replace(target)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], target: Path, metadata: dict[str, str]) -> None:
+    """Writes tensors to a new safetensors file; it appears under its name only once it is whole."""
+    from safetensors.torch import save_file
+
+    part = target.with_name(target.name + ".part")
+    save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata={"format": "pt", **metadata})
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+    part.replace(target)
+
+
+def write_json(value: Any, target: Path) -> None:
+    """Writes JSON; the file appears under its name only once it is whole."""
+    part = target.with_name(target.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.replace(target)
+
+
+def check_shard_finite(shard: Shard, names: Iterable[str]) -> None:
+    """Raises ValueError naming the tensor if one of them holds NaN or Inf; one tensor in memory at a time."""
+    with safe_open(shard.path, framework="pt") as file:
+        for name in names:
+            check_finite(name, file.get_tensor(name))
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises ValueError naming the tensor and the first bad place if it holds NaN or Inf."""
+    if not tensor.is_floating_point():
+        return
+    # The sum is finite unless an entry is not (or float64 overflows); it costs no boolean copy of the tensor.
+    if torch.isfinite(tensor.sum(dtype=torch.float64)):
+        return
+    bad = (~torch.isfinite(tensor)).nonzero()
+    if len(bad):
+        place = tuple(bad[0].tolist())
+        raise ValueError(f"{name}: all weights must be finite, got {tensor[place].item()} at {place}")

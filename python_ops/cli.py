@@ -1,0 +1,209 @@
+"""The command line: ``resmoe compress | inspect | eval | generate``. Each command calls the function of its name."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="Compress Mixture-of-Experts checkpoints and run them compressed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code a checkpoint brings along.")]
+
+
+@app.command("compress")
+def compress_command(
+    model: Annotated[Path, typer.Argument(help="Folder of the dense checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    method: Annotated[str, typer.Option(help="resmoe")] = "resmoe",
+    residual: Annotated[str, typer.Option(help="lowrank or sparse")] = "lowrank",
+    retain: Annotated[float, typer.Option(help="Share of the residual's parameters to keep, in (0, 1].")] = 0.25,
+    layers: Annotated[str, typer.Option(help="all, first:N, last:N, or numbers like 0,3,5-7")] = "all",
+    factorization: Annotated[str, typer.Option(help="stacked, separate or joint (of lowrank)")] = "stacked",
+    sparse_layout: Annotated[str, typer.Option(help="block (n of 32) or bitmap (of sparse)")] = "block",
+    init: Annotated[str, typer.Option(help="First barycenter: first (expert) or mean")] = "first",
+    solver: Annotated[str, typer.Option(help="Of the barycenter: assignment or pot")] = "assignment",
+    trust_remote_code: Remote = False,
+) -> None:
+    """Compress the experts of MODEL into OUT. Run it again after an interruption: it goes on where it stopped."""
+    from resmoe_kernels.python_ops.compress import compress
+
+    compress(
+        model,
+        out,
+        method=method,
+        layers=layers,
+        trust_remote_code=trust_remote_code,
+        residual=residual,
+        retain=retain,
+        factorization=factorization,
+        sparse_layout=sparse_layout,
+        init=init,
+        solver=solver,
+    )
+    _print_inspection(inspect_checkpoint(out))
+
+
+@app.command("inspect")
+def inspect_command(
+    out: Annotated[Path, typer.Argument(help="Folder of a factored checkpoint.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what each layer of a factored checkpoint holds, its bytes and its error."""
+    rows = inspect_checkpoint(out)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        _print_inspection(rows)
+
+
+@app.command("eval")
+def eval_command(
+    models: Annotated[list[Path], typer.Argument(help="Folders of checkpoints, dense or factored.")],
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text file: perplexity.")] = None,
+    lambada: Annotated[Path | None, typer.Option(help="LAMBADA-style JSONL: accuracy of the last word.")] = None,
+    piqa: Annotated[Path | None, typer.Option(help="PIQA-style JSONL, labels beside it: two-choice accuracy.")] = None,
+    stride: Annotated[int, typer.Option(help="Tokens scored per window.")] = 512,
+    limit: Annotated[int | None, typer.Option(help="At most so many tokens of text, or rows.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Evaluate checkpoints side by side: bytes of the experts, perplexity, accuracies."""
+    from resmoe_kernels.python_ops.evaluate import evaluate
+    from resmoe_kernels.python_ops.layouts import expert_nbytes
+
+    rows: dict[str, dict[str, float]] = {}
+    for folder in models:
+        model, tokenizer = _load(folder, trust_remote_code)
+        window = model.config.max_position_embeddings
+        results = evaluate(
+            model, tokenizer, text=text, lambada=lambada, piqa=piqa, stride=min(stride, window), limit=limit
+        )
+        rows[str(folder)] = {"expert_bytes": expert_nbytes(model), **results}
+        del model
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table("", *rows)
+    for metric in next(iter(rows.values())):
+        table.add_row(metric, *(_number(row[metric]) for row in rows.values()))
+    Console().print(table)
+
+
+@app.command("generate")
+def generate_command(
+    out: Annotated[Path, typer.Argument(help="Folder of a checkpoint, dense or factored.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the continuation.")] = 64,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Continue a prompt, greedily."""
+    model, tokenizer = _load(out, trust_remote_code)
+    print(continuation(model, tokenizer, prompt, max_new_tokens))
+
+
+def inspect_checkpoint(folder: str | Path) -> list[dict[str, Any]]:
+    """One row per compressed layer: path, form, ranks, density, bytes dense and now, relative error at compression.
+
+    Read from config.json and the shards' headers. Raises ValueError if the folder is not a whole factored checkpoint.
+    """
+    from resmoe_kernels.python_ops.checkpoint import Checkpoint
+    from resmoe_kernels.python_ops.hf_quantizer import QUANT_METHOD, ResMoEConfig
+
+    checkpoint = Checkpoint(folder)
+    stored = checkpoint.config.get("quantization_config") or {}
+    if stored.get("quant_method") != QUANT_METHOD:
+        raise ValueError(f"{folder}: not a factored checkpoint (no quantization_config of method {QUANT_METHOD!r})")
+    return [_inspect_layer(path, spec) for path, spec in ResMoEConfig(**stored).layers.items()]
+
+
+def _inspect_layer(path: str, spec: dict[str, Any]) -> dict[str, Any]:
+    tensors, sizes, report = spec["tensors"], spec["sizes"], spec["report"]
+    parts = []
+    if "base_gate_up" in tensors:
+        parts.append(f"base x{tensors['base_gate_up']['shape'][0]}")
+    rank = {m: tensors[f"u_{m}"]["shape"][0] / sizes["num_experts"] for m in ("gate_up", "down") if f"u_{m}" in tensors}
+    if rank:
+        parts.append(f"low rank ({sizes['factorization']})")
+    density = None
+    if "mask_gate_up" in tensors:
+        bitmap = "row_offsets_gate_up" in tensors
+        kept = sum(_count(tensors[f"values_{m}"]["shape"]) for m in ("gate_up", "down"))
+        rows = 3 if sizes["gated"] else 2
+        density = kept / (sizes["num_experts"] * rows * sizes["hidden_size"] * sizes["intermediate_size"])
+        parts.append("bitmap" if bitmap else f"block {tensors['values_gate_up']['shape'][-1]}:32")
+    return {
+        "path": path,
+        "form": " + ".join(parts),
+        "mean_rank": rank or None,
+        "density": density,
+        "bytes_dense": report["bytes_dense"],
+        "bytes_now": report["bytes_now"],
+        "relative_error": report["relative_error"],
+    }
+
+
+def _count(shape: list[int]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
+
+
+def _print_inspection(rows: list[dict[str, Any]]) -> None:
+    table = Table("layer", "form", "mean rank gate_up/down", "density", "bytes dense", "now", "ratio", "relative error")
+    for row in rows:
+        rank, density = row["mean_rank"], row["density"]
+        table.add_row(
+            row["path"],
+            row["form"],
+            "-" if rank is None else "/".join(f"{r:g}" for r in rank.values()),
+            "-" if density is None else f"{density:.3f}",
+            f"{row['bytes_dense']:,}",
+            f"{row['bytes_now']:,}",
+            f"{row['bytes_now'] / row['bytes_dense']:.3f}",
+            f"{row['relative_error']:.4f}",
+        )
+    dense, now = (sum(row[key] for row in rows) for key in ("bytes_dense", "bytes_now"))
+    table.add_row("all", "", "", "", f"{dense:,}", f"{now:,}", f"{now / dense:.3f}", "", style="bold")
+    Console().print(table)
+
+
+def continuation(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
+    """The greedy continuation of a prompt, without the prompt."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _load(folder: Path, trust_remote_code: bool):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from resmoe_kernels.python_ops.checkpoint import Checkpoint
+
+    Checkpoint(folder)  # says in one line what is missing or truncated
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code).eval()
+    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def main() -> None:
+    """Entry point. What is wrong with the user's input is one line on stderr and exit code 2."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

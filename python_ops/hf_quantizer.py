@@ -1,0 +1,132 @@
+"""The plug-in by which transformers loads and saves factored checkpoints (``quant_method: "resmoe"``).
+
+``config.json`` of such a checkpoint holds, for every compressed layer, the names, shapes and dtypes of its tensors. It
+also asks for ``experts_implementation: "resmoe"``, a name that exists only once this module is imported: without it
+transformers would skip the unknown quantisation with a warning and return randomly initialised experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from resmoe_kernels.factored import FactoredExperts
+from resmoe_kernels.python_ops.layer import FactoredExpertsLayer
+from resmoe_kernels.python_ops.layouts import find_experts
+from resmoe_kernels.when_imported import when_imported
+
+QUANT_METHOD = "resmoe"
+FORMAT_VERSION = 1
+
+
+@register_quantization_config(QUANT_METHOD)
+class ResMoEConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a factored checkpoint.
+
+    layers: module path -> {"sizes": {...}, "tensors": {name: {"dtype": ..., "shape": [...]}}, "report": {...}}
+    settings: how it was compressed;  format_version: refused with ValueError where newer than this package's
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, dict[str, Any]] | None = None,
+        settings: dict[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **_: Any,
+    ) -> None:
+        if format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"this checkpoint has resmoe format_version {format_version}, newer than the {FORMAT_VERSION} "
+                "this resmoe_kernels reads: upgrade resmoe_kernels"
+            )
+        self.quant_method = QUANT_METHOD
+        self.format_version = format_version
+        self.settings = settings or {}
+        self.layers = layers or {}
+
+
+@register_quantizer(QUANT_METHOD)
+class ResMoEQuantizer(HfQuantizer):
+    """Replaces the experts modules named in the config by empty factored layers, which the loader then fills."""
+
+    requires_calibration = True  # compression happens offline; loading a dense model through this is refused
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        _run_dense_layers_as_usual(model)
+        modules = {experts.path: experts for experts in find_experts(model)}
+        for path, spec in self.quantization_config.layers.items():
+            if path not in modules:
+                raise ValueError(f"{path}: the checkpoint holds factored experts there, {type(model).__name__} has none")
+            modules[path].install(model, _empty_weights(spec, model.dtype))
+        return model
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for path in self.quantization_config.layers:
+            try:
+                model.get_submodule(path).weights.check_values()
+            except ValueError as error:
+                raise ValueError(f"{path}.{error}") from None
+        mark_as_factored(model, self)
+        return model
+
+    def is_serializable(self, *args, **kwargs):
+        return True
+
+    @property
+    def is_trainable(self):
+        return False
+
+    @property
+    def is_compileable(self):
+        return True
+
+
+def tensor_specs(weights: FactoredExperts) -> dict[str, Any]:
+    """``sizes`` and ``tensors`` of a layer as config.json stores them."""
+    tensors = {
+        name: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)}
+        for name, t in weights.tensors().items()
+    }
+    return {"sizes": weights.sizes(), "tensors": tensors}
+
+
+def mark_as_factored(model: nn.Module, quantizer: HfQuantizer) -> None:
+    """Makes ``save_pretrained`` write a checkpoint that loads only with this package."""
+    model.hf_quantizer = quantizer  # type: ignore[assignment]
+    model.is_quantized, model.quantization_method = True, QUANT_METHOD  # type: ignore[assignment]
+    model.config.quantization_config = quantizer.quantization_config  # type: ignore[union-attr]
+    # A plain attribute: the property of nearly this name is what transformers drops when it saves a config.
+    model.config.experts_implementation = QUANT_METHOD  # type: ignore[union-attr]
+
+
+def _empty_weights(spec: dict[str, Any], dtype: torch.dtype) -> FactoredExperts:
+    """On meta; floating-point tensors in the dtype the model is loaded in, indices in their own."""
+    tensors = {}
+    for name, tensor in spec["tensors"].items():
+        stored = getattr(torch, tensor["dtype"])
+        tensors[name] = torch.empty(tensor["shape"], dtype=dtype if stored.is_floating_point else stored, device="meta")
+    return FactoredExperts.from_tensors(tensors, **spec["sizes"])
+
+
+def _run_dense_layers_as_usual(model: nn.Module) -> None:
+    """Layers left dense run under the implementation transformers would have chosen by itself."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_experts_implementation", None) == QUANT_METHOD:
+            config._experts_implementation = model.get_correct_experts_implementation(None)  # type: ignore[union-attr, operator]
+
+
+def _make_name_known() -> None:
+    from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
+
+    # Known so that a model can be built under it; layers never run under it, see _run_dense_layers_as_usual.
+    ExpertsInterface.register(QUANT_METHOD, grouped_mm_experts_forward)
+
+
+when_imported("transformers.integrations.moe", _make_name_known)
+__all__ = ["FORMAT_VERSION", "QUANT_METHOD", "FactoredExpertsLayer", "ResMoEConfig", "ResMoEQuantizer"]

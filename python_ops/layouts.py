@@ -1,0 +1,304 @@
+"""Where a model keeps its experts, and in which layout: found by contract, never by a list of class names.
+
+Three layouts are covered: experts stacked in 3-D parameters (transformers 5), a ModuleDict of two-matrix experts behind a
+one-hot contract (Switch Transformers), and a ModuleList of MLPs in a block that routes by itself (older remote code).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+
+from resmoe_kernels.activations import POINTWISE, register_gate
+from resmoe_kernels.factored import DenseExperts, FactoredExperts
+from resmoe_kernels.python_ops.layer import FactoredExpertsLayer, OneHotExpertsLayer
+
+
+@dataclass(frozen=True)
+class ExpertsModule:
+    """One experts module of a model. Subclasses know a layout.
+
+    path: where it is, e.g. ``model.layers.3.mlp.experts``;  module: the module itself, on any device, meta included
+    """
+
+    path: str
+    module: nn.Module
+
+    @classmethod
+    def covers(cls, module: nn.Module, parent: nn.Module | None) -> bool:
+        """Whether the module (below ``parent``) follows this layout's contract."""
+        raise NotImplementedError
+
+    def refusal(self) -> str | None:
+        """Why this module cannot be compressed although its layout is covered; None if it can."""
+        return None
+
+    def read(self, parameters: Mapping[str, Tensor]) -> DenseExperts:
+        """The module's parameters, by name below ``path``, as (E, 2I, H) and (E, H, I) with gate rows first."""
+        raise NotImplementedError
+
+    def install(self, model: nn.Module, weights: FactoredExperts) -> FactoredExpertsLayer:
+        """Puts the factored layer in the module's place and returns it."""
+        layer = FactoredExpertsLayer(weights, self.activation)
+        model.set_submodule(self.path, layer)
+        return layer
+
+    @cached_property
+    def activation(self) -> str:
+        """The name under which the op knows this module's activation."""
+        raise NotImplementedError
+
+    @property
+    def parameter_names(self) -> list[str]:
+        return [name for name, _ in self.module.named_parameters()]
+
+
+class StackedExperts(ExpertsModule):
+    """transformers 5: ``gate_up_proj`` (or ``up_proj``) and ``down_proj`` are 3-D parameters, and flags say how."""
+
+    _FLAGS = ("is_transposed", "is_concatenated", "has_bias", "has_gate")
+
+    @classmethod
+    def covers(cls, module: nn.Module, parent: nn.Module | None) -> bool:
+        if not all(hasattr(module, flag) for flag in cls._FLAGS):
+            return False
+        first = getattr(module, "gate_up_proj" if module.has_gate else "up_proj", None)
+        down = getattr(module, "down_proj", None)
+        return all(isinstance(p, nn.Parameter) and p.dim() == 3 for p in (first, down))
+
+    def refusal(self) -> str | None:
+        if getattr(self.module, "has_post_expert_norm", False):
+            return "it normalises each expert's output before the sum, so a shared base cannot be applied once"
+        known = {f"{m}{b}" for m in (self._first, "down_proj") for b in ("", "_bias")}
+        unknown = sorted(set(self.parameter_names) - known)
+        return f"it holds parameters this package does not know: {', '.join(unknown)}" if unknown else None
+
+    @property
+    def _first(self) -> str:
+        return "gate_up_proj" if self.module.has_gate else "up_proj"
+
+    def read(self, parameters: Mapping[str, Tensor]) -> DenseExperts:
+        first, down = parameters[self._first], parameters["down_proj"]
+        bias_first, bias_down = parameters.get(f"{self._first}_bias"), parameters.get("down_proj_bias")
+        if self.module.is_transposed:
+            first, down = first.transpose(1, 2), down.transpose(1, 2)
+        if self._interleaved:
+            first = torch.cat([first[:, ::2], first[:, 1::2]], dim=1)
+            if bias_first is not None:
+                bias_first = torch.cat([bias_first[:, ::2], bias_first[:, 1::2]], dim=1)
+        return DenseExperts(first, down, bias_first, bias_down, gated=bool(self.module.has_gate))
+
+    @property
+    def _interleaved(self) -> bool:
+        return bool(self.module.has_gate) and not self.module.is_concatenated
+
+    @cached_property
+    def activation(self) -> str:
+        # A copy without the parameters: the swapped model must not keep the dense weights alive.
+        shell = self.module.__class__.__new__(self.module.__class__)
+        shell.__dict__.update(self.module.__dict__, _parameters={})
+        if not self.module.has_gate:
+            return _pointwise_name(shell.act_fn)
+        if not self._interleaved:
+            return _gate_name(shell._apply_gate, shell)
+        return _gate_name(lambda z: shell._apply_gate(torch.stack(z.chunk(2, -1), -1).flatten(-2)), shell)
+
+
+class OneHotExperts(ExpertsModule):
+    """Switch Transformers: ``ModuleDict`` of ``expert_<i>``, each with linears ``wi`` and ``wo`` and no gate."""
+
+    @classmethod
+    def covers(cls, module: nn.Module, parent: nn.Module | None) -> bool:
+        if not isinstance(module, nn.ModuleDict) or not len(module):
+            return False
+        names = [f"expert_{i}" for i in range(len(module))]
+        return list(module) == names and all(_linears(module[n]) == {"wi", "wo"} for n in names)
+
+    def read(self, parameters: Mapping[str, Tensor]) -> DenseExperts:
+        def stack(name: str) -> Tensor | None:
+            found = [parameters.get(f"expert_{i}.{name}") for i in range(len(self.module))]  # type: ignore[arg-type]
+            return None if found[0] is None else torch.stack(found)  # type: ignore[arg-type]
+
+        first, down = stack("wi.weight"), stack("wo.weight")
+        assert first is not None and down is not None
+        return DenseExperts(first, down, stack("wi.bias"), stack("wo.bias"), gated=False)
+
+    def install(self, model: nn.Module, weights: FactoredExperts) -> FactoredExpertsLayer:
+        layer = OneHotExpertsLayer(weights, self.activation)
+        model.set_submodule(self.path, layer)
+        return layer
+
+    @cached_property
+    def activation(self) -> str:
+        return _pointwise_name(self.module["expert_0"].act)  # type: ignore[index]
+
+
+class SelfRoutedExperts(ExpertsModule):
+    """deepseek-moe-16b's own code and its heirs: ``experts`` is a ModuleList of gated MLPs, and the block around it
+    hands tokens and routing to its method ``moe_infer(x, expert ids, expert weights)``, which is replaced."""
+
+    @classmethod
+    def covers(cls, module: nn.Module, parent: nn.Module | None) -> bool:
+        mlp = {"gate_proj", "up_proj", "down_proj"}
+        return (
+            isinstance(module, nn.ModuleList)
+            and len(module) > 0
+            and all(_linears(expert) == mlp and hasattr(expert, "act_fn") for expert in module)
+            and callable(getattr(parent, "moe_infer", None))
+        )
+
+    def read(self, parameters: Mapping[str, Tensor]) -> DenseExperts:
+        count = len(self.module)  # type: ignore[arg-type]
+
+        def stack(name: str) -> Tensor | None:
+            found = [parameters.get(f"{i}.{name}") for i in range(count)]
+            return None if found[0] is None else torch.stack(found)  # type: ignore[arg-type]
+
+        gate, up, down = (stack(f"{m}_proj.weight") for m in ("gate", "up", "down"))
+        assert gate is not None and up is not None and down is not None
+        biases = [stack(f"{m}_proj.bias") for m in ("gate", "up")]
+        bias = None if biases[0] is None or biases[1] is None else torch.cat([biases[0], biases[1]], dim=1)
+        return DenseExperts(torch.cat([gate, up], dim=1), down, bias, stack("down_proj.bias"))
+
+    def install(self, model: nn.Module, weights: FactoredExperts) -> FactoredExpertsLayer:
+        layer = super().install(model, weights)
+        block = model.get_submodule(self.path.rpartition(".")[0])
+        block.moe_infer = MethodType(_moe_infer, block)  # type: ignore[assignment]
+        return layer
+
+    @cached_property
+    def activation(self) -> str:
+        return _pointwise_name(self.module[0].act_fn, gated=True)  # type: ignore[index]
+
+
+def _moe_infer(block: nn.Module, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+    """x (T, H); ids and weights (T, top_k), or flattened to (T top_k,) and (T top_k, 1) -> (T, H)."""
+    return block.experts(x, expert_ids.reshape(len(x), -1), expert_weights.reshape(len(x), -1))  # type: ignore[operator]
+
+
+LAYOUTS: tuple[type[ExpertsModule], ...] = (StackedExperts, OneHotExperts, SelfRoutedExperts)
+
+
+def find_experts(model: nn.Module) -> list[ExpertsModule]:
+    """Every experts module of a model, in order.
+
+    Raises ValueError naming module and reason if one of them is of a kind that is not covered, or if there is none.
+    """
+    found: list[ExpertsModule] = []
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        if any(path.startswith(f"{f.path}.") for f in found) or isinstance(module, FactoredExpertsLayer):
+            continue
+        parent = modules[path.rpartition(".")[0]] if path else None
+        layout = next((layout for layout in LAYOUTS if layout.covers(module, parent)), None)
+        if layout is not None:
+            experts = layout(path, module)
+            reason = experts.refusal()
+            if reason is not None:
+                raise ValueError(f"{path} ({type(module).__name__}) cannot be compressed: {reason}")
+            found.append(experts)
+        elif _looks_like_experts(path, module):
+            raise ValueError(
+                f"{path} ({type(module).__name__}) cannot be compressed: its layout is not one of those covered "
+                "(stacked 3-D parameters with layout flags, a one-hot ModuleDict, a ModuleList served by moe_infer)"
+            )
+    if not found:
+        raise ValueError(f"{type(model).__name__} holds no experts modules: nothing to compress")
+    return found
+
+
+def select_layers(found: list[ExpertsModule], layers: str) -> list[ExpertsModule]:
+    """``all``; ``first:N`` or ``last:N`` of the experts modules; or their numbers, ``0,3,5-7``.
+
+    Raises ValueError for anything else.
+    """
+    rule = "layers: must be 'all', 'first:N', 'last:N' or numbers like '0,3,5-7'"
+    try:
+        if layers == "all":
+            return found
+        end, _, count = layers.partition(":")
+        if end in ("first", "last"):
+            number = int(count)
+            if not 1 <= number <= len(found):
+                raise ValueError
+            return found[:number] if end == "first" else found[-number:]
+        chosen: set[int] = set()
+        for part in layers.split(","):
+            start, _, stop = part.partition("-")
+            numbers = range(int(start), int(stop or start) + 1)
+            if not numbers or numbers[-1] >= len(found):
+                raise ValueError
+            chosen.update(numbers)
+        return [found[i] for i in sorted(chosen)]
+    except ValueError:
+        raise ValueError(f"{rule}, for {len(found)} experts modules; got {layers!r}") from None
+
+
+def _looks_like_experts(path: str, module: nn.Module) -> bool:
+    named = path.rpartition(".")[2] == "experts" or "Experts" in type(module).__name__
+    return named and next(module.parameters(), None) is not None
+
+
+def _linears(module: nn.Module) -> set[str]:
+    return {name for name, child in module.named_children() if isinstance(child, nn.Linear)}
+
+
+# ---- naming activations by what they compute
+
+# Wide enough to tell a clamped gate (limits of 7 to 10 are usual) from a plain one, fine enough for gelu's two forms.
+_PROBE = torch.cat([torch.linspace(-6, 6, 61), torch.tensor([-200.0, -30.0, 30.0, 200.0])]).double()
+
+
+def _same(f: Callable[[Tensor], Tensor], g: Callable[[Tensor], Tensor], z: Tensor) -> bool:
+    # Both run in float32: some gates cast to it, and 1e-5 still separates the two forms of gelu (4e-4 apart).
+    z = z.float()
+    return torch.allclose(f(z).float(), g(z).float(), rtol=1e-5, atol=1e-5)
+
+
+def _pointwise_name(act: Callable[[Tensor], Tensor], gated: bool = False) -> str:
+    for name, known in POINTWISE.items():
+        if _same(act, known, _PROBE):
+            return name
+
+    def gate(z: Tensor) -> Tensor:
+        if not gated:
+            return act(z)
+        first, second = z.chunk(2, dim=-1)
+        return act(first) * second
+
+    return _register(gate, act)
+
+
+def _gate_name(gate: Callable[[Tensor], Tensor], owner: nn.Module) -> str:
+    grid = torch.cartesian_prod(_PROBE, _PROBE)  # every pair of gate and up value
+    for name, known in POINTWISE.items():
+        if _same(gate, lambda z, f=known: f(z[:, :1]) * z[:, 1:], grid):  # type: ignore[misc]
+            return name
+    return _register(gate, owner)
+
+
+def _register(gate: Callable[[Tensor], Tensor], owner: object) -> str:
+    """Registers a model's own activation under its class name, its numbers and its inner activation, which define it."""
+    settings = {k: v for k, v in getattr(owner, "__dict__", {}).items() if isinstance(v, float | int)}
+    settings.pop("training", None)
+    if hasattr(owner, "act_fn"):
+        settings["act_fn"] = getattr(owner.act_fn, "__name__", type(owner.act_fn).__name__)
+    name = getattr(owner, "__name__", type(owner).__name__)
+    name += f"({', '.join(f'{k}={v}' for k, v in sorted(settings.items()) if not k.startswith('_'))})"
+    register_gate(name, gate)
+    return name
+
+
+def expert_nbytes(model: nn.Module) -> int:
+    """Bytes of all expert weights of a model, factored (indices and base included) and dense ones together."""
+    factored = [m for m in model.modules() if isinstance(m, FactoredExpertsLayer)]
+    total = sum(layer.weights.nbytes() for layer in factored)
+    if not factored or any(layout.covers(m, None) for m in model.modules() for layout in LAYOUTS):
+        dense = [p for experts in find_experts(model) for p in experts.module.parameters()]
+        total += sum(p.numel() * p.element_size() for p in dense)
+    return total

@@ -1,0 +1,59 @@
+"""Kernels and tools for compressed Mixture-of-Experts models: W_e = B_g(e) + U_e V_e + S_e, never rebuilt at inference."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from resmoe_kernels.when_imported import when_imported
+
+__version__ = "0.1.0"
+
+# Public names and where they live. Nothing heavy is imported before one of them is used.
+_WHERE = {
+    "FactoredExperts": "factored",
+    "DenseExperts": "factored",
+    "experts": "ops",
+    "backend": "ops",
+    "backends": "ops",
+    "explain": "ops",
+    "compress": "python_ops.compress",
+    "swap_experts": "python_ops.swap",
+    "evaluate": "python_ops.evaluate",
+}
+__all__ = ["__version__", *_WHERE]
+
+if TYPE_CHECKING:
+    from resmoe_kernels.factored import DenseExperts, FactoredExperts
+    from resmoe_kernels.ops import backend, backends, experts, explain
+    from resmoe_kernels.python_ops.compress import compress
+    from resmoe_kernels.python_ops.evaluate import evaluate
+    from resmoe_kernels.python_ops.swap import swap_experts
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module 'resmoe_kernels' has no attribute {name!r}")
+    try:
+        value = getattr(importlib.import_module(f"resmoe_kernels.{_WHERE[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.startswith("resmoe_kernels.python_ops"):
+            raise ImportError(
+                "resmoe_kernels is imported from its source tree without being installed; "
+                "run: pip install --no-build-isolation -e ."
+            ) from error
+        raise
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _register_with_transformers() -> None:
+    importlib.import_module("resmoe_kernels.python_ops.hf_quantizer")
+
+
+# transformers looks quantizers up in this module; from then on it can load a factored checkpoint.
+when_imported("transformers.quantizers.auto", _register_with_transformers)
