@@ -1,7 +1,7 @@
 """Safetensors checkpoints, read and written one tensor at a time.
 
-Reading goes through transformers' own table of weight conversions, so that what is on disk (one matrix per expert, or
-stacked) reaches a module's parameters exactly as ``from_pretrained`` would bring it there.
+Reading goes through transformers' own table of weight conversions, so that what is on disk (one matrix per
+expert, or stacked) reaches a module's parameters exactly as ``from_pretrained`` would bring it there.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _COPY_CHUNK = 16 << 20
+_EXPERT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Shard:
 
 
 def read_shard(path: Path) -> Shard:
-    """Reads and checks a header. Raises ValueError naming the file if it is missing, truncated or not safetensors."""
+    """Reads and checks a header. Raises ValueError naming the file if it is missing, cut short or damaged."""
     if not path.is_file():
         raise ValueError(f"{path}: this shard of the checkpoint is missing")
     size = path.stat().st_size
@@ -55,8 +56,9 @@ def read_shard(path: Path) -> Shard:
 class Checkpoint:
     """A Hugging Face model folder with safetensors weights.
 
-    Raises ValueError naming what is wrong: no such folder, no config.json, no safetensors (pickle weights are never
-    read), a missing or truncated shard, a shard that lacks a tensor the index promises.
+    Raises ValueError naming what is wrong: no such folder, no config.json or index that can be read, no
+    safetensors (pickle weights are never read), a missing or truncated shard, a shard that lacks a tensor the
+    index promises.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -72,17 +74,25 @@ class Checkpoint:
 
     def _promised(self) -> dict[str, str]:
         path = self.folder / INDEX
-        return json.loads(path.read_text())["weight_map"] if path.is_file() else {}
+        # Where there are both, from_pretrained reads the single file and never looks at the index.
+        if (self.folder / SINGLE).is_file() or not path.is_file():
+            return {}
+        weight_map = _read_json(path).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(_is_file_name(file) for file in weight_map.values()):
+            raise ValueError(f"{path}: weight_map must name a file of this folder for every tensor")
+        return weight_map
 
     def _shard_paths(self) -> list[Path]:
+        if (self.folder / SINGLE).is_file():
+            return [self.folder / SINGLE]
         promised = self._promised()
         if promised:
             return [self.folder / file for file in sorted(set(promised.values()))]
-        if (self.folder / SINGLE).is_file():
-            return [self.folder / SINGLE]
         pickles = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in self.folder.glob(s))
         if pickles:
-            raise ValueError(f"{self.folder}: only pickle weights ({pickles[0]}); convert them to safetensors first")
+            raise ValueError(
+                f"{self.folder}: only pickle weights ({pickles[0]}); convert them to safetensors first"
+            )
         raise ValueError(f"{self.folder}: no {SINGLE} and no {INDEX}")
 
     def load(self, name: str) -> Tensor:
@@ -92,20 +102,32 @@ class Checkpoint:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder. Raises ValueError if it is missing or not JSON."""
+    """config.json of a model folder. Raises ValueError if it is missing or not a JSON object."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no config.json, so not a Hugging Face model folder")
+    return _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must be a JSON object, got a {type(value).__name__}")
+    return value
+
+
+def _is_file_name(value: Any) -> bool:
+    return isinstance(value, str) and Path(value).name == value
 
 
 class ModuleReader:
     """Brings a module's parameters from disk, by transformers' own conversions for that model.
 
     model: the dense model, built on meta;  checkpoint: where its weights are
+    Raises ValueError naming the tensor if one that is taken as it is has another shape than the model's.
     """
 
     def __init__(self, checkpoint: Checkpoint, model: nn.Module) -> None:
@@ -118,6 +140,7 @@ class ModuleReader:
         by_pattern = {p: c for c in converters for p in c.source_patterns}
         state = model.state_dict()
         self.checkpoint, self.model = checkpoint, model
+        self._shapes = {name: tuple(value.shape) for name, value in state.items()}
         # parameter -> (its converter or None, [(name on disk, converter's pattern)])
         self.sources: dict[str, tuple[WeightConverter | None, list[tuple[str, str]]]] = {}
         for name in checkpoint.shard_of:
@@ -126,6 +149,8 @@ class ModuleReader:
             if name in state:  # on disk under the module's own name already
                 target, pattern, converter = name, None, None
             self.sources.setdefault(target, (converter, []))[1].append((name, pattern or name))
+            if converter is None and target in state:
+                self._check_shape(name, target, checkpoint.shard_of[name].header[name]["shape"])
 
     def names_on_disk(self, path: str, parameters: Iterable[str]) -> list[str]:
         """Names of the tensors that make up a module's parameters. Raises ValueError if one has none."""
@@ -138,7 +163,11 @@ class ModuleReader:
         return names
 
     def read(self, path: str, parameters: Iterable[str]) -> dict[str, Tensor]:
-        """A module's parameters by name, checked to be finite. Raises ValueError naming the tensor on disk."""
+        """A module's parameters by name.
+
+        Raises ValueError naming the tensor if one holds NaN or Inf, is quantised, or has another shape than
+        config.json says.
+        """
         return {parameter: self._read(f"{path}.{parameter}") for parameter in parameters}
 
     def _read(self, target: str) -> Tensor:
@@ -148,33 +177,45 @@ class ModuleReader:
         converter = deepcopy(converter)
         for name, pattern in sorted(sources, key=lambda s: dot_natural_key(s[0])):
             tensor = self.checkpoint.load(name)
+            if tensor.dtype not in _EXPERT_DTYPES:
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"{name}: must be float16, bfloat16, float32 or float64, got {kind}; dequantise it first"
+                )
             check_finite(name, tensor)
             if converter is None:
-                return self._fitting(target, tensor)
+                return tensor
             converter.add_tensor(target, name, pattern, tensor)  # type: ignore[arg-type]
         assert converter is not None
-        made = converter.convert(target, model=self.model, config=self.model.config)  # type: ignore[arg-type, union-attr]
+        try:
+            made = converter.convert(target, model=self.model, config=self.model.config)  # type: ignore[arg-type, union-attr]
+        except RuntimeError as error:  # from torch.stack or torch.cat
+            raise ValueError(
+                f"{target}: its tensors in the checkpoint do not fit together ({error})"
+            ) from None
         value = made[target]
-        return self._fitting(target, value[0] if isinstance(value, list) else value)
-
-    def _fitting(self, target: str, tensor: Tensor) -> Tensor:
-        expected = self.model.get_parameter(target).shape
-        if tensor.shape != expected:
-            raise ValueError(f"{target}: config.json wants {tuple(expected)}, the checkpoint has {tuple(tensor.shape)}")
+        tensor = value[0] if isinstance(value, list) else value
+        self._check_shape(target, target, tensor.shape)
         return tensor
+
+    def _check_shape(self, name: str, target: str, shape: Iterable[int]) -> None:
+        if tuple(shape) != self._shapes[target]:
+            raise ValueError(
+                f"{name}: config.json wants {self._shapes[target]}, the checkpoint has {tuple(shape)}"
+            )
 
 
 # ---- writing
 
 
 def write_subset(shard: Shard, names: Iterable[str], target: Path) -> None:
-    """Copies some tensors of a shard to a new safetensors file, bytes untouched, a few MiB in memory at a time.
+    """Copies some tensors of a shard to a new safetensors file, bytes untouched, a few MiB at a time.
 
     The file appears under its name only once it is whole.
     """
     header: dict[str, Any] = {"__metadata__": shard.metadata} if shard.metadata else {}
-    position = 0
-    chosen = [name for name in shard.header if name in set(names)]
+    position, wanted = 0, set(names)
+    chosen = [name for name in shard.header if name in wanted]
     for name in chosen:
         start, stop = shard.header[name]["data_offsets"]
         header[name] = {**shard.header[name], "data_offsets": [position, position + stop - start]}
@@ -212,12 +253,13 @@ def copy_file(source: Path, target: Path) -> None:
     part.replace(target)
 
 
-def write_tensors(tensors: Mapping[str, Tensor], target: Path, metadata: dict[str, str]) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], target: Path) -> None:
     """Writes tensors to a new safetensors file; it appears under its name only once it is whole."""
     from safetensors.torch import save_file
 
     part = target.with_name(target.name + ".part")
-    save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata={"format": "pt", **metadata})
+    # One key: safetensors writes several in an order that differs from process to process.
+    save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata={"format": "pt"})
     with part.open("rb+") as file:
         os.fsync(file.fileno())
     part.replace(target)

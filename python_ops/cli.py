@@ -1,4 +1,4 @@
-"""The command line: ``resmoe compress | inspect | eval | generate``. Each command calls the function of its name."""
+"""The command line: ``resmoe compress | inspect | eval | generate``, each a call of one function."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code a checkpoint brings along.")]
+Remote = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code a checkpoint brings along.")
+]
 
 
 @app.command("compress")
@@ -27,7 +29,9 @@ def compress_command(
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     method: Annotated[str, typer.Option(help="resmoe")] = "resmoe",
     residual: Annotated[str, typer.Option(help="lowrank or sparse")] = "lowrank",
-    retain: Annotated[float, typer.Option(help="Share of the residual's parameters to keep, in (0, 1].")] = 0.25,
+    retain: Annotated[
+        float, typer.Option(help="Share of the residual's parameters to keep, in (0, 1].")
+    ] = 0.25,
     layers: Annotated[str, typer.Option(help="all, first:N, last:N, or numbers like 0,3,5-7")] = "all",
     factorization: Annotated[str, typer.Option(help="stacked, separate or joint (of lowrank)")] = "stacked",
     sparse_layout: Annotated[str, typer.Option(help="block (n of 32) or bitmap (of sparse)")] = "block",
@@ -35,7 +39,7 @@ def compress_command(
     solver: Annotated[str, typer.Option(help="Of the barycenter: assignment or pot")] = "assignment",
     trust_remote_code: Remote = False,
 ) -> None:
-    """Compress the experts of MODEL into OUT. Run it again after an interruption: it goes on where it stopped."""
+    """Compress the experts of MODEL into OUT. After an interruption, the same command goes on where it stopped."""
     from resmoe_kernels.python_ops.compress import compress
 
     compress(
@@ -71,9 +75,15 @@ def inspect_command(
 def eval_command(
     models: Annotated[list[Path], typer.Argument(help="Folders of checkpoints, dense or factored.")],
     text: Annotated[Path | None, typer.Option(help="UTF-8 text file: perplexity.")] = None,
-    lambada: Annotated[Path | None, typer.Option(help="LAMBADA-style JSONL: accuracy of the last word.")] = None,
-    piqa: Annotated[Path | None, typer.Option(help="PIQA-style JSONL, labels beside it: two-choice accuracy.")] = None,
-    stride: Annotated[int, typer.Option(help="Tokens scored per window.")] = 512,
+    lambada: Annotated[
+        Path | None, typer.Option(help="LAMBADA-style JSONL: accuracy of the last word.")
+    ] = None,
+    piqa: Annotated[
+        Path | None, typer.Option(help="PIQA-style JSONL, labels beside it: two-choice accuracy.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens scored per window; 512, or the window if less.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many tokens of text, or rows.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     trust_remote_code: Remote = False,
@@ -85,10 +95,9 @@ def eval_command(
     rows: dict[str, dict[str, float]] = {}
     for folder in models:
         model, tokenizer = _load(folder, trust_remote_code)
-        window = model.config.max_position_embeddings
-        results = evaluate(
-            model, tokenizer, text=text, lambada=lambada, piqa=piqa, stride=min(stride, window), limit=limit
-        )
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 512
+        step = min(512, longest) if stride is None else stride
+        results = evaluate(model, tokenizer, text=text, lambada=lambada, piqa=piqa, stride=step, limit=limit)
         rows[str(folder)] = {"expert_bytes": expert_nbytes(model), **results}
         del model
     if as_json:
@@ -113,9 +122,9 @@ def generate_command(
 
 
 def inspect_checkpoint(folder: str | Path) -> list[dict[str, Any]]:
-    """One row per compressed layer: path, form, ranks, density, bytes dense and now, relative error at compression.
+    """One row per compressed layer: path, form, ranks, density, bytes dense and now, error at compression.
 
-    Read from config.json and the shards' headers. Raises ValueError if the folder is not a whole factored checkpoint.
+    Read from config.json. Raises ValueError if the folder is not a whole factored checkpoint.
     """
     from resmoe_kernels.python_ops.checkpoint import Checkpoint
     from resmoe_kernels.python_ops.hf_quantizer import QUANT_METHOD, ResMoEConfig
@@ -123,7 +132,9 @@ def inspect_checkpoint(folder: str | Path) -> list[dict[str, Any]]:
     checkpoint = Checkpoint(folder)
     stored = checkpoint.config.get("quantization_config") or {}
     if stored.get("quant_method") != QUANT_METHOD:
-        raise ValueError(f"{folder}: not a factored checkpoint (no quantization_config of method {QUANT_METHOD!r})")
+        raise ValueError(
+            f"{folder}: not a factored checkpoint (no quantization_config of method {QUANT_METHOD!r})"
+        )
     return [_inspect_layer(path, spec) for path, spec in ResMoEConfig(**stored).layers.items()]
 
 
@@ -132,7 +143,11 @@ def _inspect_layer(path: str, spec: dict[str, Any]) -> dict[str, Any]:
     parts = []
     if "base_gate_up" in tensors:
         parts.append(f"base x{tensors['base_gate_up']['shape'][0]}")
-    rank = {m: tensors[f"u_{m}"]["shape"][0] / sizes["num_experts"] for m in ("gate_up", "down") if f"u_{m}" in tensors}
+    rank = {
+        m: tensors[f"u_{m}"]["shape"][0] / sizes["num_experts"]
+        for m in ("gate_up", "down")
+        if f"u_{m}" in tensors
+    }
     if rank:
         parts.append(f"low rank ({sizes['factorization']})")
     density = None
@@ -161,7 +176,9 @@ def _count(shape: list[int]) -> int:
 
 
 def _print_inspection(rows: list[dict[str, Any]]) -> None:
-    table = Table("layer", "form", "mean rank gate_up/down", "density", "bytes dense", "now", "ratio", "relative error")
+    table = Table(
+        "layer", "form", "mean rank gate_up/down", "density", "bytes dense", "now", "ratio", "relative error"
+    )
     for row in rows:
         rank, density = row["mean_rank"], row["density"]
         table.add_row(
@@ -192,8 +209,13 @@ def _load(folder: Path, trust_remote_code: bool):
     from resmoe_kernels.python_ops.checkpoint import Checkpoint
 
     Checkpoint(folder)  # says in one line what is missing or truncated
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code).eval()
-    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code).eval()
+        return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of any type: what a model's class says to values and shapes it does not like
+        raise ValueError(
+            f"{folder}: transformers cannot load this model: {error or type(error).__name__}"
+        ) from error
 
 
 def _number(value: float) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,48 +53,68 @@ def compress(
     """Compresses the experts of a Hugging Face checkpoint into a factored checkpoint.
 
     model: folder with config.json and safetensors weights, one matrix per expert or stacked
-    out: folder to make. It appears, whole, when the job is done; until then the work is in ``.<out>.unfinished`` beside
-        it, and the same call goes on where a killed one stopped. Where it is there already, from the same model and
-        settings, nothing is done
+    out: folder to make, in a folder that exists. It appears, whole, when the job is done; until then the work
+        is in ``.<out>.unfinished`` beside it, and the same call goes on where a killed one stopped, to the same
+        bytes. Where it is there already, from the same model and settings, nothing is done
     method: ``resmoe``, with its settings as keywords (residual, retain, factorization, sparse_layout, ...)
     layers: ``all``, ``first:N``, ``last:N`` or numbers like ``0,3,5-7``, counting experts modules
     trust_remote_code: as in transformers, for models that bring their own code
 
-    Memory: one experts module in its own dtype, what the method needs beside it, and the largest other tensor. Tensors
-    that are not experts are carried over byte for byte, files without experts whole.
-    Returns ``out``. Raises ValueError naming what is wrong with the input; nothing is left behind then, and nothing that
-    was there before is touched.
+    Memory: one experts module in its own dtype, what the method needs beside it, and the largest other tensor.
+    Tensors that are not experts are carried over byte for byte, files without experts whole.
+    Returns ``out``. Raises ValueError naming what is wrong with the input; nothing is left behind then, and
+    nothing that was there before is touched.
     """
     compress_layer = method_function(method, settings)
-    source, target = Checkpoint(model), Path(out)
-    job = {"source": _fingerprint(source), "settings": {"method": method, "layers": layers, **settings}}
-    workplace = target.absolute().with_name(f".{target.name}.unfinished")
-    if _is_done(target, job):
-        return target
+    source, target = Checkpoint(model), Path(out).resolve()
+    job = {
+        "source": _fingerprint(source),
+        "settings": {"method": method, "layers": layers, **_all_settings(compress_layer)},
+    }
+    _check_place(source, target)
+    workplace = target.with_name(f".{target.name}.unfinished")
+    # Both: a run killed just before its end left the workplace, to be removed below.
+    if _is_done(target, job) and not workplace.exists():
+        return Path(out)
     dense = _build_on_meta(source, trust_remote_code)
     chosen = select_layers(find_experts(dense), layers)
     reader = ModuleReader(source, dense)
     consumed = {n for experts in chosen for n in reader.names_on_disk(experts.path, experts.parameter_names)}
 
-    with _work_in(workplace, job) as folder:
-        files = {f"experts-{i:05d}.safetensors": experts for i, experts in enumerate(chosen)}
-        with tqdm(total=len(files), desc="compressing", unit="layer", disable=not progress) as bar:
-            for file, experts in files.items():
-                if not (folder / file).is_file():
-                    _compress_module(reader, experts, partial(compress_layer, progress=bar.set_postfix_str), folder / file)
+    with _work_in(workplace, job):
+        if _is_done(target, job):  # another process was faster, or see above
+            return Path(out)
+        folder, specs = workplace / "checkpoint", workplace / "layers"
+        folder.mkdir(exist_ok=True)
+        specs.mkdir(exist_ok=True)
+        with tqdm(total=len(chosen), desc="compressing", unit="layer", disable=not progress) as bar:
+            for i, experts in enumerate(chosen):
+                file, spec = folder / f"experts-{i:05d}.safetensors", specs / f"{i:05d}.json"
+                if not file.is_file():
+                    _compress_module(
+                        reader, experts, partial(compress_layer, progress=bar.set_postfix_str), file, spec
+                    )
                 bar.update()
         _carry_over(source, consumed, folder, progress)
-        _finish(source, job, files, folder)
+        _finish(source, job, sorted(specs.glob("*.json")), folder)
         folder.rename(target)
-    shutil.rmtree(workplace)
-    return target
+    return Path(out)
 
 
-def _compress_module(reader: ModuleReader, experts: ExpertsModule, compress_layer, file: Path) -> None:
+def _all_settings(compress_layer: partial) -> dict[str, Any]:
+    """A method's settings, defaults included, as JSON can hold them: what tells one job from another."""
+    parameters = inspect.signature(compress_layer).parameters.values()
+    settings = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "progress"}
+    return json.loads(json.dumps(settings, default=str))  # dtype is not JSON
+
+
+def _compress_module(
+    reader: ModuleReader, experts: ExpertsModule, compress_layer, file: Path, spec: Path
+) -> None:
     weights, report = compress_layer(experts.read(reader.read(experts.path, experts.parameter_names)))
-    spec = {"path": experts.path, **tensor_specs(weights), "report": dataclasses.asdict(report)}
-    tensors = {f"{experts.path}.{name}": tensor for name, tensor in weights.tensors().items()}
-    write_tensors(tensors, file, {"resmoe": json.dumps(spec)})
+    # The spec first: where the tensors are, it is.
+    write_json({"path": experts.path, **tensor_specs(weights), "report": dataclasses.asdict(report)}, spec)
+    write_tensors({f"{experts.path}.{name}": tensor for name, tensor in weights.tensors().items()}, file)
 
 
 def _rest_name(shard: Shard) -> str:
@@ -116,21 +137,22 @@ def _carry_over(source: Checkpoint, consumed: set[str], folder: Path, progress: 
     for path in sorted(source.folder.rglob("*")):
         relative = path.relative_to(source.folder)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if path.is_file() and not hidden and path.suffix not in _WEIGHT_SUFFIXES and relative.name not in ("config.json", INDEX):
+        ours = relative.as_posix() in ("config.json", INDEX)  # written by _finish
+        if path.is_file() and not hidden and not ours and path.suffix not in _WEIGHT_SUFFIXES:
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             copy_file(path, folder / relative)
 
 
-def _finish(source: Checkpoint, job: dict[str, Any], files: dict[str, ExpertsModule], folder: Path) -> None:
-    """Index and config, from what is on disk: a resumed job knows the layers of its first run only from there."""
+def _finish(source: Checkpoint, job: dict[str, Any], specs: list[Path], folder: Path) -> None:
+    """Index and config, from what is on disk: a resumed job has not seen the layers of its first run."""
     weight_map, total, layers = {}, 0, {}
     for path in sorted(folder.glob("*.safetensors")):
         shard = read_shard(path)
         weight_map.update(dict.fromkeys(shard.header, path.name))
         total += sum(stop - start for start, stop in (t["data_offsets"] for t in shard.header.values()))
-        if path.name in files:
-            spec = json.loads(shard.metadata["resmoe"])
-            layers[spec.pop("path")] = spec
+    for path in specs:
+        spec = json.loads(path.read_text())
+        layers[spec.pop("path")] = spec
     write_json({"metadata": {"total_size": total}, "weight_map": weight_map}, folder / INDEX)
     quantization = {
         "quant_method": QUANT_METHOD,
@@ -147,7 +169,7 @@ def _finish(source: Checkpoint, job: dict[str, Any], files: dict[str, ExpertsMod
 
 
 def _fingerprint(source: Checkpoint) -> str:
-    """Tells checkpoints apart without reading all of them: config, headers, both ends of every shard's data."""
+    """Tells checkpoints apart without reading all of them: config, headers, both ends of every shard."""
     digest = hashlib.sha256(json.dumps(source.config, sort_keys=True).encode())
     for shard in source.shards.values():
         with shard.path.open("rb") as file:
@@ -157,8 +179,20 @@ def _fingerprint(source: Checkpoint) -> str:
     return digest.hexdigest()
 
 
+def _check_place(source: Checkpoint, target: Path) -> None:
+    if target.is_relative_to(source.folder.resolve()):
+        raise ValueError(
+            f"{target}: lies in the folder of the model to compress; choose a folder outside of it"
+        )
+    if not target.parent.is_dir():
+        raise ValueError(f"{target.parent}: no such folder to make {target.name} in; make it first")
+
+
 def _is_done(target: Path, job: dict[str, Any]) -> bool:
-    """Whether ``target`` is this job's finished result. Raises ValueError if it is anything else but absent or empty."""
+    """Whether ``target`` is this job's finished result.
+
+    Raises ValueError if it is anything else, unless absent or empty.
+    """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
     if not target.is_dir():
@@ -167,26 +201,40 @@ def _is_done(target: Path, job: dict[str, Any]) -> bool:
     if (target / "config.json").is_file():
         quantization = read_config(target).get("quantization_config") or {}
     if quantization.get("quant_method") != QUANT_METHOD:
-        raise ValueError(f"{target}: exists and is not a checkpoint made by this command; choose another folder")
+        raise ValueError(
+            f"{target}: exists and is not a checkpoint made by this command; choose another folder"
+        )
     for key, what in (("source", "of another model"), ("settings", "made with other settings")):
         if quantization.get(key) != job[key]:
             raise ValueError(f"{target}: holds a factored checkpoint {what}; choose another folder")
     return True
 
 
-@contextmanager
-def _work_in(workplace: Path, job: dict[str, Any]) -> Iterator[Path]:
-    """The folder where the checkpoint grows: made, or found again if it is this very job's.
+_LOCK, _JOB = "lock", "job.json"  # of the workplace: the first to come and the last to go
 
-    Left in place when the process is killed, removed when the input turns out to be bad.
+
+def _is_empty(workplace: Path) -> bool:
+    """Whether it holds nothing but what is there before job.json comes or after it goes."""
+    return workplace.is_dir() and {p.name for p in workplace.iterdir()} <= {_LOCK, f"{_JOB}.part"}
+
+
+@contextmanager
+def _work_in(workplace: Path, job: dict[str, Any]) -> Iterator[None]:
+    """Holds the folder where the checkpoint grows: made, or found again if it is this very job's.
+
+    Removed at the end, and when the input turns out to be bad; left in place when the process is killed.
     """
-    workplace.mkdir(parents=True, exist_ok=True)
+    described = workplace / _JOB
+    if workplace.exists() and not described.is_file() and not _is_empty(workplace):
+        raise ValueError(f"{workplace}: the work is done there, and it holds something else; move it away")
+    workplace.mkdir(exist_ok=True)
     with ExitStack() as stack:
         try:
-            stack.enter_context(FileLock(workplace / "lock").acquire(blocking=False))
+            stack.enter_context(FileLock(workplace / _LOCK).acquire(blocking=False))
         except Timeout:
-            raise ValueError(f"{workplace}: another process is compressing into it; wait for it to end") from None
-        described = workplace / "job.json"
+            raise ValueError(
+                f"{workplace}: another process is compressing into it; wait for it to end"
+            ) from None
         if not described.is_file():
             write_json(job, described)
         elif json.loads(described.read_text()) != job:
@@ -194,13 +242,23 @@ def _work_in(workplace: Path, job: dict[str, Any]) -> Iterator[Path]:
                 f"{workplace}: holds an unfinished job with other settings or another model; "
                 "run that command again to finish it, or remove the folder"
             )
-        folder = workplace / "checkpoint"
-        folder.mkdir(exist_ok=True)
         try:
-            yield folder
+            yield
         except ValueError:
-            shutil.rmtree(workplace)
+            _remove(workplace)
             raise
+        _remove(workplace)
+
+
+def _remove(workplace: Path) -> None:
+    # In this order, so that, killed anywhere, what is left says whose it is and tensors have their spec.
+    for name in ("checkpoint", "layers"):
+        if (workplace / name).is_dir():
+            shutil.rmtree(workplace / name)
+    for name in (_JOB, f"{_JOB}.part", _LOCK):
+        (workplace / name).unlink(missing_ok=True)
+    with suppress(OSError):  # a process that came for the lock just now; it removes the folder in turn
+        workplace.rmdir()
 
 
 def _build_on_meta(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module:
@@ -216,7 +274,9 @@ def _build_on_meta(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module
         hint = "it is compressed already" if kind == "resmoe" else "start from an unquantised checkpoint"
         raise ValueError(f"{checkpoint.folder}: holds {kind}-quantised weights; {hint}")
     try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(
+            checkpoint.folder, trust_remote_code=trust_remote_code
+        )
         architecture = (config.architectures or [""])[0]
         native = getattr(transformers, architecture, None)
         dtype = config.dtype or torch.float32
@@ -225,6 +285,6 @@ def _build_on_meta(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module
                 return native._from_config(config, dtype=dtype)
             auto = transformers.AutoModelForCausalLM
             return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, ImportError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{checkpoint.folder}: transformers cannot build this model: {reason}") from None
+    except Exception as error:  # of any type: what a model's class says to values it does not like
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{checkpoint.folder}: transformers cannot build this model: {reason}") from error

@@ -67,8 +67,10 @@ class ResMoEQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for path in self.quantization_config.layers:
+            layer = model.get_submodule(path)
+            layer.requires_grad_(False)  # the loader makes every floating-point parameter trainable
             try:
-                model.get_submodule(path).weights.check_values()
+                layer.weights.check_values()
             except ValueError as error:
                 raise ValueError(f"{path}.{error}") from None
         mark_as_factored(model, self)

@@ -14,7 +14,7 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-from resmoe_kernels.activations import POINTWISE, register_gate
+from resmoe_kernels.activations import POINTWISE, register_gate, registered_gate
 from resmoe_kernels.factored import DenseExperts, FactoredExperts
 from resmoe_kernels.python_ops.layer import FactoredExpertsLayer, OneHotExpertsLayer
 
@@ -131,6 +131,9 @@ class OneHotExperts(ExpertsModule):
     def install(self, model: nn.Module, weights: FactoredExperts) -> FactoredExpertsLayer:
         layer = OneHotExpertsLayer(weights, self.activation)
         model.set_submodule(self.path, layer)
+        # from_pretrained initialises what has no weights yet block by block, and this block would reach for experts
+        # by their old names. Nothing of its own is left to initialise: router and experts are modules below it.
+        model.get_submodule(self.path.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
         return layer
 
     @cached_property
@@ -251,12 +254,12 @@ def _linears(module: nn.Module) -> set[str]:
 # ---- naming activations by what they compute
 
 # Wide enough to tell a clamped gate (limits of 7 to 10 are usual) from a plain one, fine enough for gelu's two forms.
-_PROBE = torch.cat([torch.linspace(-6, 6, 61), torch.tensor([-200.0, -30.0, 30.0, 200.0])]).double()
+_PROBE = torch.cat([torch.linspace(-6, 6, 61), torch.tensor([-200.0, -30.0, 30.0, 200.0])])
+_GRID = torch.cartesian_prod(_PROBE, _PROBE)  # every pair of gate and up value
 
 
 def _same(f: Callable[[Tensor], Tensor], g: Callable[[Tensor], Tensor], z: Tensor) -> bool:
-    # Both run in float32: some gates cast to it, and 1e-5 still separates the two forms of gelu (4e-4 apart).
-    z = z.float()
+    # The two forms of gelu are 4e-4 apart.
     return torch.allclose(f(z).float(), g(z).float(), rtol=1e-5, atol=1e-5)
 
 
@@ -271,25 +274,30 @@ def _pointwise_name(act: Callable[[Tensor], Tensor], gated: bool = False) -> str
         first, second = z.chunk(2, dim=-1)
         return act(first) * second
 
-    return _register(gate, act)
+    return _register(gate, act, _GRID if gated else _PROBE.unsqueeze(1))
 
 
 def _gate_name(gate: Callable[[Tensor], Tensor], owner: nn.Module) -> str:
-    grid = torch.cartesian_prod(_PROBE, _PROBE)  # every pair of gate and up value
     for name, known in POINTWISE.items():
-        if _same(gate, lambda z, f=known: f(z[:, :1]) * z[:, 1:], grid):  # type: ignore[misc]
+        if _same(gate, lambda z, f=known: f(z[:, :1]) * z[:, 1:], _GRID):  # type: ignore[misc]
             return name
-    return _register(gate, owner)
+    return _register(gate, owner, _GRID)
 
 
-def _register(gate: Callable[[Tensor], Tensor], owner: object) -> str:
-    """Registers a model's own activation under its class name, its numbers and its inner activation, which define it."""
+def _register(gate: Callable[[Tensor], Tensor], owner: object, probe: Tensor) -> str:
+    """Registers a model's own activation under its class name, its numbers and its inner activation."""
     settings = {k: v for k, v in getattr(owner, "__dict__", {}).items() if isinstance(v, float | int)}
     settings.pop("training", None)
     if hasattr(owner, "act_fn"):
         settings["act_fn"] = getattr(owner.act_fn, "__name__", type(owner.act_fn).__name__)
-    name = getattr(owner, "__name__", type(owner).__name__)
-    name += f"({', '.join(f'{k}={v}' for k, v in sorted(settings.items()) if not k.startswith('_'))})"
+    stem = getattr(owner, "__name__", type(owner).__name__)
+    stem += f"({', '.join(f'{k}={v}' for k, v in sorted(settings.items()) if not k.startswith('_'))})"
+    name, number = stem, 1
+    while (registered := registered_gate(name)) is not None:
+        if _same(registered, gate, probe):
+            return name
+        number += 1  # two lambdas, or two classes of one name
+        name = f"{stem}#{number}"
     register_gate(name, gate)
     return name
 

@@ -31,6 +31,11 @@ def register_gate(name: str, gate: Callable[[Tensor], Tensor]) -> None:
     _GATES[name] = gate
 
 
+def registered_gate(name: str) -> Callable[[Tensor], Tensor] | None:
+    """The gate registered under a name, None if there is none."""
+    return _GATES.get(name)
+
+
 def check_activation(name: str) -> None:
     """Raises ValueError, listing the known names, unless ``name`` is one of them."""
     if name not in POINTWISE and name not in _GATES:

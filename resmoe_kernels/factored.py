@@ -276,7 +276,7 @@ class FactoredExperts:
                 if bool((kept != expected).any()):
                     e, row, word = (kept != expected).nonzero()[0].tolist()
                     raise ValueError(
-                        f"mask_{matrix}: block layout keeps exactly {values.shape[-1]} of every {BLOCK}, "
+                        f"mask_{matrix}: block layout keeps exactly {int(expected[word])} of these {int(width[word])} columns, "
                         f"got {int(kept[e, row, word])} at expert {e}, row {row}, word {word}"
                     )
             else:

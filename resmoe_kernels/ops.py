@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -130,6 +129,23 @@ _define(
 )
 
 
+def _expand_sparse_gradients(ctx, grad: Tensor) -> tuple:
+    mask, values, row_offsets = ctx.saved_tensors
+    values = values.detach().requires_grad_()
+    with torch.enable_grad():
+        dense = expand_sparse_reference(mask, values, row_offsets, grad.shape[1])
+    return None, torch.autograd.grad(dense, values, grad)[0], None, None
+
+
+for _name in ("expand_sparse", "expand_sparse_reference"):
+    torch.library.register_autograd(
+        f"resmoe::{_name}",
+        _expand_sparse_gradients,
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3]),
+        lib=_lib,
+    )
+
+
 # ---- experts
 
 
@@ -196,13 +212,35 @@ def _experts_impl(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest) 
         return reference(x, top_k_index, top_k_weights, _unflatten(flat), activation)
 
 
-_define(
-    "experts",
-    "(Tensor x, Tensor top_k_index, Tensor top_k_weights, "
+_EXPERTS_ARGUMENTS = (
+    "Tensor x, Tensor top_k_index, Tensor top_k_weights, "
     + "".join(f"Tensor? {name}, " for name in TENSOR_NAMES)
-    + "int num_experts, int hidden_size, int intermediate_size, bool gated, str factorization, str activation) -> Tensor",
-    _experts_impl,
-    _experts_fake,
+    + "int num_experts, int hidden_size, int intermediate_size, bool gated, str factorization, str activation"
+)
+_define("experts", f"({_EXPERTS_ARGUMENTS}) -> Tensor", _experts_impl, _experts_fake)
+
+
+# The backward pass is an op of its own, so that a compiled model may contain it: it reads which experts were hit.
+
+
+def _experts_backward_impl(grad: Tensor, wanted: Sequence[int], *inputs) -> list[Tensor]:
+    inputs = tuple(i.detach() if isinstance(i, Tensor) else i for i in inputs)
+    leaves = [inputs[i].requires_grad_() for i in wanted]
+    with torch.enable_grad():
+        output = _experts_impl(*inputs)
+    grads = torch.autograd.grad(output, leaves, grad, allow_unused=True)  # unused: no token reached that part
+    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, grads, strict=True)]
+
+
+def _experts_backward_fake(grad: Tensor, wanted: Sequence[int], *inputs) -> list[Tensor]:
+    return [torch.empty_like(inputs[i]) for i in wanted]
+
+
+_define(
+    "experts_backward",
+    f"(Tensor grad, int[] wanted, {_EXPERTS_ARGUMENTS}) -> Tensor[]",
+    _experts_backward_impl,
+    _experts_backward_fake,
 )
 
 
@@ -211,26 +249,18 @@ def _save_for_backward(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.others = [None if isinstance(i, Tensor) else (i,) for i in inputs]
 
 
-def _backward(reference: Callable, ctx, grad: Tensor) -> tuple:
+def _experts_gradients(ctx, grad: Tensor) -> tuple:
     saved = iter(ctx.saved_tensors)
-    inputs = [next(saved).detach() if other is None else other[0] for other in ctx.others]
+    inputs = [next(saved) if other is None else other[0] for other in ctx.others]
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
-    with torch.enable_grad():
-        for i in wanted:
-            inputs[i] = inputs[i].requires_grad_()
-        output = reference(*inputs)
-        grads = torch.autograd.grad(output, [inputs[i] for i in wanted], grad, allow_unused=True)
-    result: list[Tensor | None] = [None] * len(inputs)
-    for i, g in zip(wanted, grads, strict=True):
-        result[i] = g
-    return tuple(result)
+    grads: list[Tensor | None] = [None] * len(inputs)
+    for i, g in zip(wanted, torch.ops.resmoe.experts_backward(grad, wanted, *inputs), strict=True):
+        grads[i] = g
+    return tuple(grads)
 
 
-for _name, _impl in (("experts", _experts_impl), ("expand_sparse", _expand_sparse_impl)):
-    for _op_name in (_name, f"{_name}_reference"):
-        torch.library.register_autograd(
-            f"resmoe::{_op_name}", partial(_backward, _impl), setup_context=_save_for_backward, lib=_lib
-        )
+for _name in ("experts", "experts_reference"):
+    torch.library.register_autograd(f"resmoe::{_name}", _experts_gradients, setup_context=_save_for_backward, lib=_lib)
 
 
 # ---- the compiled extension

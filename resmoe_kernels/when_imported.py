@@ -12,23 +12,26 @@ from types import ModuleType
 
 class _Finder(MetaPathFinder):
     def __init__(self, name: str, callback: Callable[[], None]) -> None:
-        self.name, self.callback = name, callback
+        self.name, self.callback, self.searching = name, callback, False
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != self.name or self.searching:
             return None
-        sys.meta_path.remove(self)  # so that the search below finds the real one, and this runs once
-        spec = find_spec(fullname)
+        self.searching = True  # so that the search below finds the real one
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self.searching = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self.callback)
+            spec.loader = _Loader(spec.loader, self)
         return spec
 
 
 class _Loader(Loader):
     """The module's own loader, followed by the callback."""
 
-    def __init__(self, loader: Loader, callback: Callable[[], None]) -> None:
-        self.loader, self.callback = loader, callback
+    def __init__(self, loader: Loader, finder: _Finder) -> None:
+        self.loader, self.finder = loader, finder
 
     def __getattr__(self, name: str):
         return getattr(self.loader, name)
@@ -38,7 +41,8 @@ class _Loader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        self.callback()
+        sys.meta_path.remove(self.finder)  # only now: a search or a failed import before this was not the import
+        self.finder.callback()
 
 
 def when_imported(name: str, callback: Callable[[], None]) -> None:

@@ -1,0 +1,48 @@
+# make demo: set up and run the example.  make test: set up and run every test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.PHONY: setup demo test ctest sanitize pytest lint clean
+
+setup: $(VENV)/.installed
+
+KERNELS := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.cpp)
+
+# Runs again only when one of these changes; Python files are used in place. torch comes first and by its exact
+# version: a package that asks for any torch would take the newest. The extension is built with it, last.
+$(VENV)/.installed: Makefile pyproject.toml requirements-dev.txt setup.py $(KERNELS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install torch==2.13.0 -c requirements-dev.txt
+	$(BIN)/pip install setuptools -c requirements-dev.txt
+	$(BIN)/pip install --no-build-isolation -e '.[dev]' -c requirements-dev.txt
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: ctest pytest
+
+ctest:
+	cmake -S . -B build/cmake
+	cmake --build build/cmake
+	ctest --test-dir build/cmake --output-on-failure
+
+# The C++ tests again, with every read out of bounds and every undefined operation an error.
+sanitize:
+	cmake -S . -B build/sanitize -DRESMOE_SANITIZE=address,undefined
+	cmake --build build/sanitize
+	ctest --test-dir build/sanitize --output-on-failure
+
+pytest: setup
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist demo-out *.egg-info resmoe_kernels/_C*.so

@@ -1,0 +1,73 @@
+"""The main job on the bundled model: compress it both ways, load each result, measure it beside the dense model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import resmoe_kernels as rk
+from resmoe_kernels.python_ops.cli import continuation, inspect_checkpoint
+from resmoe_kernels.python_ops.layouts import expert_nbytes
+
+HERE = Path(__file__).resolve().parent
+DENSE = HERE / "tiny-mixtral"
+RETAIN = 0.25
+PROMPT = "The president of the United States"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--text", type=Path, default=HERE / "wikitext2-excerpt.txt", help="text for the perplexity")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "demo-out", help="where the compressed models go")
+    parser.add_argument("--quick", action="store_true", help="score only the first 2,048 tokens")
+    arguments = parser.parse_args()
+
+    folders = {"dense": DENSE}
+    for residual in ("lowrank", "sparse"):
+        name = f"{residual} {RETAIN:g}"
+        folders[name] = arguments.out / f"tiny-mixtral-{residual}"
+        print(f"\n{name}: resmoe compress {DENSE} {folders[name]} --residual {residual} --retain {RETAIN:g}")
+        rk.compress(DENSE, folders[name], method="resmoe", residual=residual, retain=RETAIN)
+
+    table = Table("", "expert bytes", "of dense", "perplexity", "tokens/s", "relative weight error")
+    continuations = {}
+    for name, folder in folders.items():
+        print(f"\n{name}: {folder}")
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        limit = 2048 if arguments.quick else None
+        result = rk.evaluate(model, tokenizer, text=arguments.text, stride=256, limit=limit)
+        size = expert_nbytes(model)
+        dense_size = size if name == "dense" else dense_size
+        error = 0.0 if name == "dense" else mean_error(folder)
+        table.add_row(
+            name,
+            f"{size:,}",
+            f"{size / dense_size:.3f}",
+            f"{result['perplexity']:.2f}",
+            f"{result['tokens_per_second']:,.0f}",
+            f"{error:.4f}",
+        )
+        continuations[name] = continuation(model, tokenizer, PROMPT, 24)
+
+    console = Console()
+    console.print()
+    console.print(table)
+    console.print("Bytes count everything stored: the shared base, the residuals and their indices.")
+    for name, text in continuations.items():
+        console.print(f"[bold]{name}[/bold]: {PROMPT} … {text.strip()!r}", highlight=False)
+    console.print(f"The compressed models are in {arguments.out}", soft_wrap=True)
+
+
+def mean_error(folder: Path) -> float:
+    """Mean over the layers of the relative weight error recorded at compression."""
+    rows = inspect_checkpoint(folder)
+    return sum(row["relative_error"] for row in rows) / len(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""What pyproject.toml cannot hold: how the C++ extension is built, and where python_ops/ is installed."""
+
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+
+class BuildKernels(build_ext):
+    """Adds what needs torch only once a compiler is really about to run, so that an sdist needs no torch."""
+
+    def build_extensions(self) -> None:
+        try:
+            import torch
+        except ImportError:
+            raise SystemExit(
+                "resmoe_kernels: the C++ extension is built with the torch it will run with, and none can be "
+                "imported here; install torch, then run pip with --no-build-isolation"
+            ) from None
+        root = Path(torch.__file__).parent
+        for extension in self.extensions:
+            extension.include_dirs.append(str(root / "include"))
+            extension.library_dirs.append(str(root / "lib"))
+        super().build_extensions()
+
+
+# No PyInit symbol: torch.ops.load_library loads it, after libtorch_cpu is there, so it needs no rpath either.
+kernels = Extension(
+    "resmoe_kernels._C",
+    sources=["csrc/bindings.cpp", "csrc/cpu/sparse.cpp"],
+    depends=["csrc/sparse.h"],
+    # The stable ABI of torch 2.10: an extension built against any later torch also loads in 2.10 and after.
+    define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
+    extra_compile_args=["-std=c++20", "-O3", "-fvisibility=hidden"],
+    libraries=["torch_cpu"],
+    language="c++",
+    py_limited_api=True,  # names it _C.abi3.so: it uses nothing of Python, so one wheel serves every Python
+)
+
+python_ops = find_packages(include=["python_ops", "python_ops.*"])
+
+setup(
+    packages=["resmoe_kernels", *(f"resmoe_kernels.{name}" for name in python_ops)],
+    package_dir={"resmoe_kernels.python_ops": "python_ops"},
+    package_data={"resmoe_kernels": ["py.typed"]},
+    ext_modules=[kernels],
+    cmdclass={"build_ext": BuildKernels},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

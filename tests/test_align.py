@@ -1,0 +1,284 @@
+"""Alignment: exact assignments, the barycenter against POT's, and that order never matters to an expert."""
+
+import itertools
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from resmoe_kernels.factored import DenseExperts
+from resmoe_kernels.python_ops.align import assign, barycenter, design_matrix, mean_cosine, split_design
+
+
+def make_experts(count=4, hidden=6, inter=8, gated=True, bias=False, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    rows = 2 * inter if gated else inter
+    biases = (randn(count, rows), randn(count, hidden)) if bias else (None, None)
+    return DenseExperts(randn(count, rows, hidden), randn(count, hidden, inter), *biases, gated=gated)
+
+
+def planted(noise, gated=True, bias=False, count=4, inter=16):
+    """Permuted copies of one expert plus noise, and the orders that put the neurons back."""
+    one = make_experts(1, 6, inter, gated, bias)
+    generator = torch.Generator().manual_seed(1)
+    orders = torch.stack([torch.randperm(inter, generator=generator) for _ in range(count)])
+    designs = []
+    for order in orders:
+        design = design_matrix(one, 0)[order]
+        designs.append(design + noise * torch.randn(design.shape, generator=generator))
+    return from_designs(designs, one), orders
+
+
+def from_designs(designs, like):
+    gate_up, down, bias = zip(*[split_design(d, like) for d in designs], strict=True)
+    biases = (None, None)
+    if like.bias_gate_up is not None:
+        biases = torch.stack(bias), like.bias_down.expand(len(designs), -1)
+    return DenseExperts(torch.stack(gate_up), torch.stack(down), *biases, gated=like.gated)
+
+
+def expert_function(gate_up, down, bias_gate_up, bias_down, gated, x):
+    """One expert in float64, written out."""
+    z = x @ gate_up.double().T
+    if bias_gate_up is not None:
+        z = z + bias_gate_up.double()
+    inter = down.shape[1]
+    h = z[:, :inter] / (1 + torch.exp(-z[:, :inter]))
+    if gated:
+        h = h * z[:, inter:]
+    y = h @ down.double().T
+    return y if bias_down is None else y + bias_down.double()
+
+
+FORMS = list(itertools.product([True, False], [True, False]))  # gated, bias
+
+
+@pytest.mark.parametrize(("gated", "bias"), FORMS)
+def test_design_matrix_rows_are_neurons(gated, bias):
+    experts = make_experts(gated=gated, bias=bias)
+    design, inter = design_matrix(experts, 2), experts.intermediate_size
+    rows = [5, inter + 5] if gated else [5]
+    expected = [*experts.gate_up[2, rows], experts.down[2, :, 5]]
+    if bias:
+        expected.append(experts.bias_gate_up[2, rows])
+    assert torch.equal(design[5], torch.cat(expected))
+
+
+@pytest.mark.parametrize(("gated", "bias"), FORMS)
+def test_split_design_inverts_design_matrix(gated, bias):
+    experts = make_experts(gated=gated, bias=bias, dtype=torch.bfloat16)
+    design = design_matrix(experts, 1)
+    assert design.dtype == torch.float32
+    gate_up, down, bias_gate_up = split_design(design, experts)
+    assert torch.equal(gate_up, experts.gate_up[1].float())
+    assert torch.equal(down, experts.down[1].float())
+    assert (bias_gate_up is None) == (not bias)
+    if bias:
+        assert torch.equal(bias_gate_up, experts.bias_gate_up[1].float())
+
+
+@pytest.mark.parametrize(("gated", "bias"), FORMS)
+def test_permuting_neurons_leaves_the_function_unchanged(gated, bias):
+    experts = make_experts(gated=gated, bias=bias)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
+    gate_up, down, bias_gate_up = split_design(design_matrix(experts, 1)[order], experts)
+    bias_down = experts.bias_down[1] if bias else None
+    x = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    before = experts.bias_gate_up[1] if bias else None
+    expected = expert_function(experts.gate_up[1], experts.down[1], before, bias_down, gated, x)
+    got = expert_function(gate_up, down, bias_gate_up, bias_down, gated, x)
+    assert not torch.equal(gate_up, experts.gate_up[1])
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_assign_is_the_best_of_all_permutations():
+    generator = torch.Generator().manual_seed(5)
+    target, source = torch.randn(6, 3, generator=generator), torch.randn(6, 3, generator=generator)
+    cost = {p: float((target - source[list(p)]).square().sum()) for p in itertools.permutations(range(6))}
+    assert tuple(assign(target, source).tolist()) == min(cost, key=cost.__getitem__)
+
+
+def test_assign_keeps_the_current_order_among_equals():
+    twins = torch.ones(4, 3)  # every permutation is as good
+    current = torch.tensor([2, 0, 3, 1])
+    assert torch.equal(assign(twins, twins, current), current)
+    apart = torch.eye(4)
+    assert torch.equal(assign(apart, apart, current), torch.arange(4))
+
+
+@pytest.mark.parametrize(("gated", "bias"), FORMS)
+def test_planted_permutations_are_recovered(gated, bias):
+    experts, orders = planted(0.01, gated, bias)
+    result = barycenter(experts)
+    assert result.converged
+    # Up to one common order, which is expert 0's: the center starts there.
+    undo = orders.argsort(1)
+    assert torch.equal(result.permutations, undo[:, orders[0]])
+
+
+@pytest.mark.parametrize("init", ["first", "mean"])
+def test_center_is_the_mean_and_the_objective_its_spread(init):
+    experts = make_experts(5)
+    result = barycenter(experts, init=init)
+    designs = torch.stack([design_matrix(experts, e)[p] for e, p in enumerate(result.permutations)]).double()
+    torch.testing.assert_close(result.center.double(), designs.mean(0), rtol=0, atol=1e-6)
+    spread = (designs - designs.mean(0)).square().sum((1, 2)).mean()
+    assert result.objective == pytest.approx(float(spread), rel=1e-6)
+    assert result.permutations.dtype == torch.int64
+    assert torch.equal(result.permutations.sort(1).values, torch.arange(8).repeat(5, 1))
+
+
+@pytest.mark.parametrize("init", ["first", "mean"])
+def test_the_objective_never_rises(init):
+    experts = make_experts(6, 2, 48, seed=6)
+    sweeps = barycenter(experts, init=init).iterations
+    assert sweeps >= 4  # else this shows nothing
+    objectives = [barycenter(experts, init=init, max_iter=n).objective for n in range(1, sweeps + 1)]
+    assert all(later <= earlier for earlier, later in itertools.pairwise(objectives))
+    assert objectives[-1] < objectives[0]
+
+
+def test_converged_says_whether_the_last_sweep_changed_nothing():
+    experts = make_experts(6, 2, 48, seed=6)
+    full = barycenter(experts)
+    assert full.converged
+    cut = barycenter(experts, max_iter=full.iterations - 1)
+    assert not cut.converged and cut.iterations == full.iterations - 1
+    # The last sweep of ``full`` changed nothing, so the one before had the answer.
+    assert torch.equal(cut.permutations, full.permutations) and torch.equal(cut.center, full.center)
+
+
+@pytest.mark.parametrize("init", ["first", "mean"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_as_good_as_pot_from_the_same_start(init, gated):
+    experts = make_experts(5, 8, 24, gated, bias=gated, seed=7)
+    ours = barycenter(experts, init=init)
+    pot = barycenter(experts, init=init, solver="pot")
+    assert ours.objective == pytest.approx(pot.objective, rel=1e-6)
+    assert ours.converged and pot.converged
+    torch.testing.assert_close(ours.center, pot.center, rtol=0, atol=1e-6)
+
+
+def test_pot_stops_at_max_iter():
+    result = barycenter(make_experts(6, 2, 48, seed=6), solver="pot", max_iter=1)
+    assert (result.iterations, result.converged) == (1, False)
+
+
+def test_init_mean_starts_elsewhere():
+    experts = make_experts(4, 8, 24, seed=8)
+    first, mean = (barycenter(experts, init=init, max_iter=1) for init in ("first", "mean"))
+    assert torch.equal(first.permutations[0], torch.arange(24))
+    assert not torch.equal(first.permutations, mean.permutations)
+
+
+@pytest.mark.parametrize("solver", ["assignment", "pot"])
+def test_one_expert_is_its_own_barycenter(solver):
+    experts = make_experts(1)
+    result = barycenter(experts, solver=solver)
+    assert result.converged and result.objective == 0
+    assert torch.equal(result.center, design_matrix(experts, 0))
+
+
+@pytest.mark.parametrize("solver", ["assignment", "pot"])
+def test_one_neuron(solver):
+    experts = make_experts(3, inter=1)
+    result = barycenter(experts, solver=solver)
+    assert result.permutations.tolist() == [[0], [0], [0]] and result.converged
+
+
+def test_equal_experts_end_at_once():
+    one = make_experts(1)
+    experts = DenseExperts(one.gate_up.expand(3, -1, -1), one.down.expand(3, -1, -1))
+    result = barycenter(experts)
+    assert (result.iterations, result.converged) == (2, True)
+    assert result.objective < 1e-12
+
+
+def test_dead_neurons_do_not_alternate_for_ever():
+    experts = make_experts(4, 6, 16)
+    for tensor in (experts.gate_up[:, 8:16], experts.gate_up[:, 24:], experts.down[:, :, 8:]):
+        tensor.zero_()
+    result = barycenter(experts)
+    assert result.converged and result.iterations < 20
+
+
+def test_bfloat16_experts_give_a_float32_center():
+    result = barycenter(make_experts(dtype=torch.bfloat16))
+    assert result.center.dtype == torch.float32
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_mean_cosine_is_that_over_all_pairs(bias):
+    experts = make_experts(5, bias=bias)
+    aligned = barycenter(experts).permutations
+    for orders in (None, aligned):
+        designs = [design_matrix(experts, e).double() for e in range(5)]
+        flat = [(d if orders is None else d[orders[e]]).flatten() for e, d in enumerate(designs)]
+        pairs = [torch.cosine_similarity(a, b, dim=0) for a, b in itertools.combinations(flat, 2)]
+        assert mean_cosine(experts, orders) == pytest.approx(float(torch.stack(pairs).mean()), abs=1e-6)
+    assert mean_cosine(experts, aligned) > mean_cosine(experts) + 0.1
+
+
+def test_mean_cosine_of_degenerate_layers():
+    assert mean_cosine(make_experts(1)) == 1.0
+    experts = make_experts(2)
+    twins = DenseExperts(experts.gate_up[[0, 0, 0]].clone(), experts.down[[0, 0, 0]].clone())
+    assert mean_cosine(twins) == pytest.approx(1, abs=1e-6)
+    twins.gate_up[2], twins.down[2] = 0, 0
+    assert mean_cosine(twins) == pytest.approx(1 / 3, abs=1e-6)  # one parallel pair of three
+
+
+def test_progress_is_told_every_step():
+    said: list[str] = []
+    result = barycenter(make_experts(3), progress=said.append)
+    assert len(said) == 3 * result.iterations
+    assert said[0] == "align: sweep 1, expert 1 of 3"
+    said.clear()
+    barycenter(make_experts(3), solver="pot", progress=said.append)
+    assert len(said) == 1 and said[0].startswith("align: POT, ")
+
+
+def test_unknown_arguments_are_refused_with_what_is_known():
+    experts = make_experts()
+    with pytest.raises(ValueError, match=r"^init: must be one of first, mean, got 'last'$"):
+        barycenter(experts, init="last")
+    with pytest.raises(ValueError, match=r"^solver: must be one of assignment, pot, got 'emd'$"):
+        barycenter(experts, solver="emd")
+    with pytest.raises(ValueError, match=r"^max_iter: must be at least 1, got 0$"):
+        barycenter(experts, max_iter=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value):
+    experts = make_experts()
+    experts.down[2, 1, 3] = value
+    with pytest.raises(
+        ValueError, match=r"^experts: must be finite, expert 2 has an inf or a nan; check the checkpoint$"
+    ):
+        barycenter(experts)
+
+
+MISSING = [("pot", "ot", "POT"), ("assignment", "scipy.optimize", "scipy")]
+
+
+@pytest.mark.parametrize(("solver", "module", "package"), MISSING)
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch, solver, module, package):
+    def not_installed(name):
+        assert name == module
+        raise ModuleNotFoundError(name=name)
+
+    monkeypatch.setattr("importlib.import_module", not_installed)
+    rule = f'{package}: alignment needs it, it is not installed; run: pip install "resmoe_kernels[compress]"'
+    with pytest.raises(ValueError, match=f"^{re.escape(rule)}$"):
+        barycenter(make_experts(), solver=solver)
+
+
+def test_importing_this_module_imports_neither_package():
+    code = "import sys, resmoe_kernels.python_ops.align; assert not {'ot', 'scipy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
