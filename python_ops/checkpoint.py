@@ -144,7 +144,8 @@ class ModuleReader:
         # parameter -> (its converter or None, [(name on disk, converter's pattern)])
         self.sources: dict[str, tuple[WeightConverter | None, list[tuple[str, str]]]] = {}
         for name in checkpoint.shard_of:
-            target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+            prefix = model.base_model_prefix
+            target, pattern = rename_source_key(name, renamings, converters, prefix, state)  # type: ignore[arg-type]
             converter = None if pattern is None else by_pattern[pattern]
             if name in state:  # on disk under the module's own name already
                 target, pattern, converter = name, None, None
@@ -189,7 +190,7 @@ class ModuleReader:
         assert converter is not None
         try:
             made = converter.convert(target, model=self.model, config=self.model.config)  # type: ignore[arg-type, union-attr]
-        except RuntimeError as error:  # from torch.stack or torch.cat
+        except (RuntimeError, ValueError) as error:  # from torch.stack or torch.cat
             raise ValueError(
                 f"{target}: its tensors in the checkpoint do not fit together ({error})"
             ) from None

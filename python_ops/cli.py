@@ -39,7 +39,7 @@ def compress_command(
     solver: Annotated[str, typer.Option(help="Of the barycenter: assignment or pot")] = "assignment",
     trust_remote_code: Remote = False,
 ) -> None:
-    """Compress the experts of MODEL into OUT. After an interruption, the same command goes on where it stopped."""
+    """Compress the experts of MODEL into OUT. Interrupted, the same command goes on where it stopped."""
     from resmoe_kernels.python_ops.compress import compress
 
     compress(

@@ -54,14 +54,14 @@ def compress(
 
     model: folder with config.json and safetensors weights, one matrix per expert or stacked
     out: folder to make, in a folder that exists. It appears, whole, when the job is done; until then the work
-        is in ``.<out>.unfinished`` beside it, and the same call goes on where a killed one stopped, to the same
-        bytes. Where it is there already, from the same model and settings, nothing is done
+        is in ``.<out>.unfinished`` beside it, and the same call goes on where a killed one stopped, to the
+        same bytes. Where it is there already, from the same model and settings, nothing is done
     method: ``resmoe``, with its settings as keywords (residual, retain, factorization, sparse_layout, ...)
     layers: ``all``, ``first:N``, ``last:N`` or numbers like ``0,3,5-7``, counting experts modules
     trust_remote_code: as in transformers, for models that bring their own code
 
-    Memory: one experts module in its own dtype, what the method needs beside it, and the largest other tensor.
-    Tensors that are not experts are carried over byte for byte, files without experts whole.
+    Memory: one experts module in its own dtype, what the method needs beside it, and the largest other
+    tensor. Tensors that are not experts are carried over byte for byte, files without experts whole.
     Returns ``out``. Raises ValueError naming what is wrong with the input; nothing is left behind then, and
     nothing that was there before is touched.
     """

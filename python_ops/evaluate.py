@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+DEFAULT_STRIDE = 512
 WINDOW_CAP = 2048  # the window at which compression papers report perplexity
 ROWS_PER_BATCH = 16  # 3 times the rows per second of 1 on two CPU cores; 64 pads more and is slower
 
@@ -34,7 +35,7 @@ def evaluate(
     lambada: Path | str | None = None,
     piqa: Path | str | None = None,
     piqa_labels: Path | str | None = None,
-    stride: int = 512,
+    stride: int | None = None,
     window: int | None = None,
     limit: int | None = None,
     progress: bool = True,
@@ -58,7 +59,7 @@ def evaluate(
     piqa: JSON lines with ``goal``, ``sol1``, ``sol2`` -> ``piqa_accuracy`` (the likelier solution is the
         right one), ``piqa_accuracy_norm`` (likelier per UTF-8 byte of the solution)
     piqa_labels: 0 or 1 per line, the right solution; ``<stem>-labels.lst`` beside ``piqa`` where not given
-    stride: tokens by which the window advances, 1 … window
+    stride: tokens by which the window advances, 1 … window; by default 512, or the window where that is less
     window: most tokens the model sees at once; by default its ``max_position_embeddings``, at most 2048
     limit: reads only the first tokens of the text and the first rows of the other files
 
@@ -81,6 +82,8 @@ def evaluate(
     if limit is not None and limit < 1:
         raise ValueError(f"evaluate: limit must be at least 1, got {limit}")
     window = _window(model, window)
+    if stride is None:
+        stride = min(DEFAULT_STRIDE, window)
 
     ids: list[int] = []
     lambada_rows: list[_Row] = []

@@ -64,9 +64,9 @@ def experts(
             if weights.bias_down is not None:
                 y = y + pair_weight[pair] * weights.bias_down[e].to(compute)
             output = output.index_add(0, token, y)
-        y = _base_product(weights.base_down, group, weighted_h)
-        if y is not None:
-            output = output.index_add(0, group_tokens, y)
+        shared = _base_product(weights.base_down, group, weighted_h)
+        if shared is not None:
+            output = output.index_add(0, group_tokens, shared)
     return output.to(dtype)
 
 

@@ -230,18 +230,19 @@ def test_limit_caps_tokens_and_rows(tmp_path):
     assert got == {"lambada_accuracy": 1.0, "lambada_perplexity": pytest.approx(math.exp(3 * Bigram.HIT))}
 
 
-def test_window_is_the_models_but_at_most_2048(model, tmp_path, monkeypatch):
+def test_default_window_is_the_models_but_at_most_2048_and_stride_512_or_less(tmp_path):
     lengths: list[int] = []
     bigram = Bigram({})
     bigram.register_forward_pre_hook(
         lambda m, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     text = write(tmp_path / "text.txt", passage(3000))
-    evaluate(bigram, CharTokenizer(), text=text, stride=POSITIONS, progress=False)
-    assert max(lengths) == POSITIONS
+    assert evaluate(bigram, CharTokenizer(), text=text, progress=False)["tokens"] == 2999
+    assert lengths[:3] == [POSITIONS] * 3  # disjoint windows
+    lengths.clear()
     bigram.config.max_position_embeddings = 131072
-    evaluate(bigram, CharTokenizer(), text=text, stride=2048, progress=False)
-    assert max(lengths) == 2048
+    evaluate(bigram, CharTokenizer(), text=text, progress=False)
+    assert lengths == [2047, 2047, 2047, 3000 - 2 * 512 - 1]  # an untimed one, then 0 …, 512 …, 1024 …
 
 
 def test_trained_model_on_real_text(trained):

@@ -57,7 +57,7 @@ def test_ops_storey_imports_nothing_above_it(path: Path):
         assert top in {*sys.stdlib_module_names, *ALLOWED, "resmoe_kernels"}, (
             f"{path.name}:{line} imports {module}"
         )
-        # The lazy table of __init__ and the entry point reach up by name inside functions; nothing else does.
+        # Only the lazy table of __init__ and the command line's entry point reach up.
         if module.startswith("resmoe_kernels.python_ops"):
             assert path.name in ("__init__.py", "__main__.py"), f"{path.name}:{line} imports {module}"
 

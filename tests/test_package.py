@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,16 +19,20 @@ import resmoe_kernels
 from resmoe_kernels.when_imported import when_imported
 
 
-def run_elsewhere(code: str, directory: Path | str = "/", **environment: str) -> subprocess.CompletedProcess:
+def run_elsewhere(code: str) -> subprocess.CompletedProcess:
     """Python in another directory and without PYTHONPATH: it finds what is installed and nothing else."""
-    clean = {n: v for n, v in os.environ.items() if not n.startswith("PYTHON")}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=directory,
-        env={**clean, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", code], cwd="/", env=clean, capture_output=True, text=True, check=False
+    )
+
+
+def run_uninstalled(folder: Path, code: str) -> subprocess.CompletedProcess:
+    """The same with ``folder`` ahead of everything, and without what an editable install adds to the search."""
+    return run_elsewhere(
+        "import sys\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        f"sys.path.insert(0, {str(folder)!r})\n{code}"
     )
 
 
@@ -71,8 +79,6 @@ def test_missing_attribute():
 
 
 def test_version_is_that_of_the_installed_package():
-    from importlib.metadata import version
-
     assert version("resmoe_kernels") == resmoe_kernels.__version__
 
 
@@ -89,17 +95,7 @@ def test_no_top_level_python_ops_is_installed():
 
 def test_source_tree_without_install_says_what_to_do(repo):
     """From the checkout without an install the ops work, and what lives in python_ops says how to install."""
-    code = (
-        "import sys\n"
-        "sys.path_importer_cache.clear()\n"
-        # What an editable install puts on the path: without it only the checkout is left.
-        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
-        f"sys.path.insert(0, {str(repo)!r})\n"
-        "import resmoe_kernels\n"
-        "resmoe_kernels.experts\n"
-        "resmoe_kernels.compress\n"
-    )
-    done = run_elsewhere(code)
+    done = run_uninstalled(repo, "import resmoe_kernels\nresmoe_kernels.experts\nresmoe_kernels.compress")
     assert done.returncode == 1
     assert done.stderr.rstrip().endswith(
         "ImportError: resmoe_kernels is imported from its source tree without being installed; "
@@ -109,18 +105,10 @@ def test_source_tree_without_install_says_what_to_do(repo):
 
 def test_missing_extension_is_said_once(tmp_path, repo):
     """A copy without the compiled library still works, on the reference, and says so."""
-    import shutil
-
-    shutil.copytree(
-        repo / "resmoe_kernels",
-        tmp_path / "resmoe_kernels",
-        ignore=shutil.ignore_patterns("_C*.so", "__pycache__"),
-    )
+    without = shutil.ignore_patterns("_C*.so", "__pycache__")
+    shutil.copytree(repo / "resmoe_kernels", tmp_path / "resmoe_kernels", ignore=without)
     code = "import resmoe_kernels as r\nprint(r.__file__, r.backends(), r.backends('expand_sparse'))"
-    done = run_elsewhere(
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.meta_path[:] = "
-        f"[f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n{code}"
-    )
+    done = run_uninstalled(tmp_path, code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{tmp_path}/resmoe_kernels/__init__.py ('reference',) ('reference',)"
     sentence = "resmoe_kernels: the C++ extension is not built; every op runs on the plain PyTorch reference"
@@ -170,8 +158,6 @@ def test_several_callbacks_for_one_module(module):
 
 def test_callback_survives_a_look_that_does_not_import(module):
     """importlib.util.find_spec asks whether a module exists; the import that follows must still call back."""
-    from importlib.util import find_spec
-
     calls: list[str] = []
     when_imported(module, lambda: calls.append("called"))
     assert find_spec(module) is not None and calls == []
@@ -202,7 +188,5 @@ def test_a_module_that_does_not_exist_fails_as_ever():
 
 def test_sources_of_a_watched_module_can_be_read(module):
     """Tracebacks and inspect ask the module's loader for its source."""
-    import inspect
-
     when_imported(module, lambda: None)
     assert inspect.getsource(__import__(module)) == "value = 7\n"
