@@ -3,10 +3,10 @@
     python benchmarks/bench_memory.py --work FOLDER --layers 18 --intermediate 1792 --residual sparse --csv FILE
 
 Makes a Mixtral-shaped checkpoint (hidden 4096, 8 experts, one safetensors file per layer, one matrix per expert),
-compresses it in a process of its own and samples that process. The experts are permuted copies of one random expert plus
-noise, so that the alignment has something to find; random weights prove memory and time here, never quality.
+compresses it in a process of its own and samples that process. The experts are permuted copies of one random expert
+plus noise, so that the alignment has something to find; random weights prove memory and time here, never quality.
 
-VmHWM, the kernel's high-water mark of resident memory, counts file pages mapped while reading; the sampled RssAnon does not.
+VmHWM, the high-water mark of resident memory, counts file pages mapped while reading; the sampled RssAnon does not.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Bytes, weight error and perplexity of every form of a model's experts, dense beside them.
 
-    python benchmarks/bench_quality.py examples/tiny-mixtral --text FILE --csv benchmarks/results/quality-tiny-mixtral.csv
+    python benchmarks/bench_quality.py examples/tiny-mixtral --text FILE --csv FILE
 
 Every row is made from the same dense checkpoint, compressed in memory; perplexity is over the same tokens.
 """

@@ -34,20 +34,19 @@ def main() -> None:
         rk.compress(DENSE, folders[name], method="resmoe", residual=residual, retain=RETAIN)
 
     table = Table("", "expert bytes", "of dense", "perplexity", "tokens/s", "relative weight error")
-    continuations = {}
+    sizes, continuations = {}, {}
     for name, folder in folders.items():
         print(f"\n{name}: {folder}")
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         limit = 2048 if arguments.quick else None
         result = rk.evaluate(model, tokenizer, text=arguments.text, stride=256, limit=limit)
-        size = expert_nbytes(model)
-        dense_size = size if name == "dense" else dense_size
+        sizes[name] = expert_nbytes(model)
         error = 0.0 if name == "dense" else mean_error(folder)
         table.add_row(
             name,
-            f"{size:,}",
-            f"{size / dense_size:.3f}",
+            f"{sizes[name]:,}",
+            f"{sizes[name] / sizes['dense']:.3f}",
             f"{result['perplexity']:.2f}",
             f"{result['tokens_per_second']:,.0f}",
             f"{error:.4f}",

@@ -209,6 +209,11 @@ class ModuleReader:
 # ---- writing
 
 
+def part_name(target: Path) -> Path:
+    """Where a file is written before it gets its name. Hidden: no file of a checkpoint is copied to such a name."""
+    return target.with_name(f".{target.name}.part")
+
+
 def write_subset(shard: Shard, names: Iterable[str], target: Path) -> None:
     """Copies some tensors of a shard to a new safetensors file, bytes untouched, a few MiB at a time.
 
@@ -223,7 +228,7 @@ def write_subset(shard: Shard, names: Iterable[str], target: Path) -> None:
         position += stop - start
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    part = target.with_name(target.name + ".part")
+    part = part_name(target)
     with shard.path.open("rb") as source, part.open("wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for name in chosen:
@@ -246,7 +251,7 @@ def _copy(source, out, length: int) -> None:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copies a file; it appears under its name only once it is whole."""
-    part = target.with_name(target.name + ".part")
+    part = part_name(target)
     with source.open("rb") as file, part.open("wb") as out:
         _copy(file, out, source.stat().st_size)
         out.flush()
@@ -258,7 +263,7 @@ def write_tensors(tensors: Mapping[str, Tensor], target: Path) -> None:
     """Writes tensors to a new safetensors file; it appears under its name only once it is whole."""
     from safetensors.torch import save_file
 
-    part = target.with_name(target.name + ".part")
+    part = part_name(target)
     # One key: safetensors writes several in an order that differs from process to process.
     save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata={"format": "pt"})
     with part.open("rb+") as file:
@@ -268,7 +273,7 @@ def write_tensors(tensors: Mapping[str, Tensor], target: Path) -> None:
 
 def write_json(value: Any, target: Path) -> None:
     """Writes JSON; the file appears under its name only once it is whole."""
-    part = target.with_name(target.name + ".part")
+    part = part_name(target)
     part.write_text(json.dumps(value, indent=2) + "\n")
     part.replace(target)
 

@@ -27,6 +27,7 @@ from resmoe_kernels.python_ops.checkpoint import (
     Shard,
     check_shard_finite,
     copy_file,
+    part_name,
     read_config,
     read_shard,
     write_json,
@@ -215,7 +216,7 @@ _LOCK, _JOB = "lock", "job.json"  # of the workplace: the first to come and the 
 
 def _is_empty(workplace: Path) -> bool:
     """Whether it holds nothing but what is there before job.json comes or after it goes."""
-    return workplace.is_dir() and {p.name for p in workplace.iterdir()} <= {_LOCK, f"{_JOB}.part"}
+    return workplace.is_dir() and set(workplace.iterdir()) <= {workplace / _LOCK, part_name(workplace / _JOB)}
 
 
 @contextmanager
@@ -255,8 +256,8 @@ def _remove(workplace: Path) -> None:
     for name in ("checkpoint", "layers"):
         if (workplace / name).is_dir():
             shutil.rmtree(workplace / name)
-    for name in (_JOB, f"{_JOB}.part", _LOCK):
-        (workplace / name).unlink(missing_ok=True)
+    for path in (workplace / _JOB, part_name(workplace / _JOB), workplace / _LOCK):
+        path.unlink(missing_ok=True)
     with suppress(OSError):  # a process that came for the lock just now; it removes the folder in turn
         workplace.rmdir()
 

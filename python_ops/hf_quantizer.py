@@ -29,13 +29,15 @@ class ResMoEConfig(QuantizationConfigMixin):
     """``quantization_config`` of a factored checkpoint.
 
     layers: module path -> {"sizes": {...}, "tensors": {name: {"dtype": ..., "shape": [...]}}, "report": {...}}
-    settings: how it was compressed;  format_version: refused with ValueError where newer than this package's
+    settings: how it was compressed;  source: fingerprint of the dense checkpoint, None if compressed in memory
+    format_version: refused with ValueError where newer than this package's
     """
 
     def __init__(
         self,
         layers: dict[str, dict[str, Any]] | None = None,
         settings: dict[str, Any] | None = None,
+        source: str | None = None,
         format_version: int = FORMAT_VERSION,
         **_: Any,
     ) -> None:
@@ -44,9 +46,10 @@ class ResMoEConfig(QuantizationConfigMixin):
                 f"this checkpoint has resmoe format_version {format_version}, newer than the {FORMAT_VERSION} "
                 "this resmoe_kernels reads: upgrade resmoe_kernels"
             )
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.format_version = format_version
         self.settings = settings or {}
+        self.source = source
         self.layers = layers or {}
 
 
@@ -61,7 +64,9 @@ class ResMoEQuantizer(HfQuantizer):
         modules = {experts.path: experts for experts in find_experts(model)}
         for path, spec in self.quantization_config.layers.items():
             if path not in modules:
-                raise ValueError(f"{path}: the checkpoint holds factored experts there, {type(model).__name__} has none")
+                raise ValueError(
+                    f"{path}: the checkpoint holds factored experts there, {type(model).__name__} has none"
+                )
             modules[path].install(model, _empty_weights(spec, model.dtype))
         return model
 

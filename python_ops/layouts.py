@@ -1,7 +1,8 @@
 """Where a model keeps its experts, and in which layout: found by contract, never by a list of class names.
 
-Three layouts are covered: experts stacked in 3-D parameters (transformers 5), a ModuleDict of two-matrix experts behind a
-one-hot contract (Switch Transformers), and a ModuleList of MLPs in a block that routes by itself (older remote code).
+Three layouts are covered: experts stacked in 3-D parameters (transformers 5), a ModuleDict of two-matrix experts
+behind a one-hot contract (Switch Transformers), and a ModuleList of MLPs in a block that routes by itself (older
+remote code).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +102,7 @@ class StackedExperts(ExpertsModule):
     @cached_property
     def activation(self) -> str:
         # A copy without the parameters: the swapped model must not keep the dense weights alive.
-        shell = self.module.__class__.__new__(self.module.__class__)
+        shell: Any = self.module.__class__.__new__(self.module.__class__)
         shell.__dict__.update(self.module.__dict__, _parameters={})
         if not self.module.has_gate:
             return _pointwise_name(shell.act_fn)
@@ -284,14 +286,14 @@ def _gate_name(gate: Callable[[Tensor], Tensor], owner: nn.Module) -> str:
     return _register(gate, owner, _GRID)
 
 
-def _register(gate: Callable[[Tensor], Tensor], owner: object, probe: Tensor) -> str:
+def _register(gate: Callable[[Tensor], Tensor], owner: Any, probe: Tensor) -> str:
     """Registers a model's own activation under its class name, its numbers and its inner activation."""
-    settings = {k: v for k, v in getattr(owner, "__dict__", {}).items() if isinstance(v, float | int)}
-    settings.pop("training", None)
+    numbers = {k: v for k, v in getattr(owner, "__dict__", {}).items() if isinstance(v, float | int)}
+    names = {k: str(v) for k, v in numbers.items() if k != "training" and not k.startswith("_")}
     if hasattr(owner, "act_fn"):
-        settings["act_fn"] = getattr(owner.act_fn, "__name__", type(owner.act_fn).__name__)
+        names["act_fn"] = getattr(owner.act_fn, "__name__", type(owner.act_fn).__name__)
     stem = getattr(owner, "__name__", type(owner).__name__)
-    stem += f"({', '.join(f'{k}={v}' for k, v in sorted(settings.items()) if not k.startswith('_'))})"
+    stem += f"({', '.join(f'{k}={v}' for k, v in sorted(names.items()))})"
     name, number = stem, 1
     while (registered := registered_gate(name)) is not None:
         if _same(registered, gate, probe):

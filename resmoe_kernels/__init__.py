@@ -1,4 +1,4 @@
-"""Kernels and tools for compressed Mixture-of-Experts models: W_e = B_g(e) + U_e V_e + S_e, never rebuilt at inference."""
+"""Compressed Mixture-of-Experts models: W_e = B_g(e) + U_e V_e + S_e, run as they are and never rebuilt."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _WHERE = {
 __all__ = ["__version__", *_WHERE]
 
 if TYPE_CHECKING:
-    from resmoe_kernels.factored import DenseExperts, FactoredExperts
-    from resmoe_kernels.ops import backend, backends, experts, explain
-    from resmoe_kernels.python_ops.compress import compress
-    from resmoe_kernels.python_ops.evaluate import evaluate
-    from resmoe_kernels.python_ops.swap import swap_experts
+    from resmoe_kernels.factored import DenseExperts, FactoredExperts  # noqa: F401
+    from resmoe_kernels.ops import backend, backends, experts, explain  # noqa: F401
+    from resmoe_kernels.python_ops.compress import compress  # noqa: F401
+    from resmoe_kernels.python_ops.evaluate import evaluate  # noqa: F401
+    from resmoe_kernels.python_ops.swap import swap_experts  # noqa: F401
 
 
 def __getattr__(name: str):

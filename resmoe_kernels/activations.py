@@ -25,7 +25,7 @@ _GATES: dict[str, Callable[[Tensor], Tensor]] = {}
 
 
 def register_gate(name: str, gate: Callable[[Tensor], Tensor]) -> None:
-    """Registers a gate of its own: z (P, 2I) or (P, I) float32 -> h (P, I). A later call with the same name replaces it."""
+    """Registers a gate, z (P, 2I) or (P, I) float32 -> h (P, I); a later call with the same name replaces it."""
     if name in POINTWISE:
         raise ValueError(f"register_gate: {name!r} is a built-in activation; choose another name")
     _GATES[name] = gate

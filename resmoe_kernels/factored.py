@@ -173,7 +173,9 @@ class FactoredExperts:
         parts = dict.fromkeys(("base", "low_rank", "sparse", "index", "bias"), 0)
         for name, tensor in self.tensors().items():
             stem = name.removesuffix("_gate_up").removesuffix("_down")
-            part = {"base": "base", "u": "low_rank", "v": "low_rank", "values": "sparse", "bias": "bias"}.get(stem, "index")
+            part = {"base": "base", "u": "low_rank", "v": "low_rank", "values": "sparse", "bias": "bias"}.get(
+                stem, "index"
+            )
             parts[part] += tensor.numel() * tensor.element_size()
         return parts
 
@@ -206,7 +208,7 @@ class FactoredExperts:
         return mask[expert], values, row_offsets[expert * rows : (expert + 1) * rows + 1]
 
     def materialize(self, dtype: torch.dtype = torch.float32) -> DenseExperts:
-        """The dense experts B_g(e) + U_e V_e + S_e, summed in ``dtype``. For oracles and export, never for inference."""
+        """The dense experts B_g(e) + U_e V_e + S_e, summed in ``dtype``; for checks and export, never inference."""
         dense = {m: torch.stack([self._materialize(m, e, dtype) for e in range(self.num_experts)]) for m in MATRICES}
         bias_gate_up = None if self.bias_gate_up is None else self.bias_gate_up.to(dtype)
         bias_down = None if self.bias_down is None else self.bias_down.to(dtype)
@@ -276,13 +278,16 @@ class FactoredExperts:
                 if bool((kept != expected).any()):
                     e, row, word = (kept != expected).nonzero()[0].tolist()
                     raise ValueError(
-                        f"mask_{matrix}: block layout keeps exactly {int(expected[word])} of these {int(width[word])} columns, "
+                        f"mask_{matrix}: block layout keeps exactly {int(expected[word])} "
+                        f"of these {int(width[word])} columns, "
                         f"got {int(kept[e, row, word])} at expert {e}, row {row}, word {word}"
                     )
             else:
                 _check_offsets(f"row_offsets_{matrix}", row_offsets, values.shape[0])
                 if not torch.equal(kept.sum(-1).flatten(), row_offsets.diff().to(torch.int64)):
-                    raise ValueError(f"row_offsets_{matrix}: differences must equal the bits set in mask_{matrix}, row by row")
+                    raise ValueError(
+                        f"row_offsets_{matrix}: differences must equal the bits set in mask_{matrix}, row by row"
+                    )
 
 
 SIZE_NAMES = ("num_experts", "hidden_size", "intermediate_size", "gated", "factorization")

@@ -105,7 +105,11 @@ def _check_expand_sparse(mask: Tensor, values: Tensor, row_offsets: Tensor | Non
                 f"expand_sparse: block values must be {(*mask.shape, 'n')}, got {tuple(values.shape)}; "
                 "bitmap values need row_offsets"
             )
-    elif row_offsets.shape != (mask.shape[0] + 1,) or row_offsets.dtype not in (torch.int32, torch.int64) or values.dim() != 1:
+    elif (
+        row_offsets.shape != (mask.shape[0] + 1,)
+        or row_offsets.dtype not in (torch.int32, torch.int64)
+        or values.dim() != 1
+    ):
         raise ValueError(
             f"expand_sparse: bitmap needs row_offsets ({mask.shape[0] + 1},) int32 or int64 and values (nnz,), "
             f"got {tuple(row_offsets.shape)} {row_offsets.dtype} and {tuple(values.shape)}"
@@ -161,7 +165,7 @@ def experts(
 
 
 def experts_flat(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, weights: Sequence, activation: str) -> Tensor:
-    """``experts`` with the fields of FactoredExperts in the order TENSOR_NAMES, SIZE_NAMES: nothing to build per call."""
+    """``experts`` on the fields of FactoredExperts, in the order TENSOR_NAMES, SIZE_NAMES: nothing is built per call."""
     _check_experts(x, top_k_index, top_k_weights, weights, activation)
     return _op("experts")(x, top_k_index, top_k_weights, *weights, activation)
 
@@ -174,9 +178,7 @@ def _unflatten(flat: Sequence) -> FactoredExperts:
     return FactoredExperts(**dict(zip((*TENSOR_NAMES, *SIZE_NAMES), flat, strict=True)))
 
 
-def _check_experts(
-    x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, weights: Sequence, activation: str
-) -> None:
+def _check_experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, weights: Sequence, activation: str) -> None:
     """What a call can get wrong; the weights themselves were checked when their FactoredExperts was made."""
     tensors, hidden_size = weights[: len(TENSOR_NAMES)], weights[_HIDDEN_SIZE]
 
@@ -185,7 +187,11 @@ def _check_experts(
 
     if x.dim() != 2 or x.shape[1] != hidden_size or not x.is_floating_point():
         raise ValueError(f"experts: x must be (T, {hidden_size}) floating point, {got(x)}")
-    if top_k_index.dim() != 2 or top_k_index.shape[0] != x.shape[0] or top_k_index.dtype not in (torch.int32, torch.int64):
+    if (
+        top_k_index.dim() != 2
+        or top_k_index.shape[0] != x.shape[0]
+        or top_k_index.dtype not in (torch.int32, torch.int64)
+    ):
         raise ValueError(f"experts: top_k_index must be ({x.shape[0]}, top_k) int32 or int64, {got(top_k_index)}")
     if top_k_weights.shape != top_k_index.shape or not top_k_weights.is_floating_point():
         raise ValueError(

@@ -13,7 +13,9 @@ BLOCK = 32
 
 
 def _bit_weights(device: torch.device) -> Tensor:
-    weights = torch.ones(BLOCK, dtype=torch.int32, device=device) << torch.arange(BLOCK, dtype=torch.int32, device=device)
+    weights = torch.ones(BLOCK, dtype=torch.int32, device=device) << torch.arange(
+        BLOCK, dtype=torch.int32, device=device
+    )
     return weights  # the last is -2^31: bit 31 of the unsigned word
 
 

@@ -14,7 +14,9 @@ class _Finder(MetaPathFinder):
     def __init__(self, name: str, callback: Callable[[], None]) -> None:
         self.name, self.callback, self.searching = name, callback, False
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname != self.name or self.searching:
             return None
         self.searching = True  # so that the search below finds the real one

@@ -112,7 +112,9 @@ def _class_name(family: str) -> str:
 def inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Two rows of twenty tokens, and a start for the decoder where there is one."""
     ids = torch.arange(40).view(2, 20) + 3
-    return {"input_ids": ids, "decoder_input_ids": ids[:, :7]} if model.config.is_encoder_decoder else {"input_ids": ids}
+    return (
+        {"input_ids": ids, "decoder_input_ids": ids[:, :7]} if model.config.is_encoder_decoder else {"input_ids": ids}
+    )
 
 
 @torch.no_grad()

@@ -460,7 +460,7 @@ def test_a_part_left_over_is_overwritten(tmp_path):
     source = tmp_path / "source"
     source.write_bytes(b"12345")
     for target in ("copy", "json", "tensors"):
-        (tmp_path / f"{target}.part").write_bytes(b"x" * 10_000)
+        (tmp_path / f".{target}.part").write_bytes(b"x" * 10_000)
     copy_file(source, tmp_path / "copy")
     write_json({"a": 1}, tmp_path / "json")
     write_tensors({"a": torch.ones(1)}, tmp_path / "tensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import families
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,12 +10,10 @@ import transformers
 from torch import nn
 from torch.nn import Parameter
 
-import families
 import resmoe_kernels as rk
 from resmoe_kernels.activations import POINTWISE, activate
 from resmoe_kernels.python_ops.layer import FactoredExpertsLayer
 from resmoe_kernels.python_ops.layouts import SelfRoutedExperts, StackedExperts, select_layers
-
 
 # ---- the older style: a block that routes by itself over a ModuleList of MLPs
 
@@ -134,7 +133,9 @@ def test_parameters_nobody_knows_are_refused():
 def test_a_family_that_is_not_covered_is_refused_by_name():
     text = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "intermediate_size_mlp": 32}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64}
-    config = transformers.Llama4TextConfig(**text, **heads, num_local_experts=2, pad_token_id=0, interleave_moe_layer_step=1)
+    config = transformers.Llama4TextConfig(
+        **text, **heads, num_local_experts=2, pad_token_id=0, interleave_moe_layer_step=1
+    )
     model = transformers.Llama4ForCausalLM(config)
     before = {name: id(p) for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=r"Llama4TextExperts\) cannot be compressed"):
@@ -171,7 +172,9 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_changes(value):
     model = Model(flat=True)
     with torch.no_grad():
         model.layers[1].experts[3].up_proj.weight[2, 5] = value
-    with pytest.raises(ValueError, match=r"layers\.1\.experts\.3\.up_proj\.weight: all weights must be finite, got .* at \(2, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.experts\.3\.up_proj\.weight: all weights must be finite, got .* at \(2, 5\)"
+    ):
         rk.swap_experts(model, progress=False)
     assert not any(isinstance(m, FactoredExpertsLayer) for m in model.modules())
 

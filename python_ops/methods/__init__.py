@@ -18,7 +18,11 @@ def method_function(name: str, settings: dict[str, Any]) -> Callable[[DenseExper
     if name not in METHODS:
         raise ValueError(f"method: {name!r} is not known; known are {', '.join(METHODS)}")
     function = getattr(import_module(f"resmoe_kernels.python_ops.methods.{METHODS[name]}"), METHODS[name])
-    known = [p for p, spec in inspect.signature(function).parameters.items() if spec.kind is spec.KEYWORD_ONLY and p != "progress"]
+    known = [
+        p
+        for p, spec in inspect.signature(function).parameters.items()
+        if spec.kind is spec.KEYWORD_ONLY and p != "progress"
+    ]
     unknown = sorted(set(settings) - set(known))
     if unknown:
         raise ValueError(f"{name}: unknown setting {unknown[0]!r}; known are {', '.join(known)}")

@@ -43,7 +43,7 @@ class SelfRoutedBlock(nn.Module):
         order = flat_ids.argsort()
         tokens = order // self.num_experts_per_tok
         ends = flat_ids.bincount(minlength=len(self.experts)).cumsum(0).tolist()
-        for expert, start, end in zip(self.experts, [0, *ends], ends):
+        for expert, start, end in zip(self.experts, [0, *ends], ends, strict=False):
             if start < end:
                 rows = tokens[start:end]
                 out.index_add_(0, rows, expert(x[rows]) * flat_weights[order[start:end]])
