@@ -90,9 +90,7 @@ class Checkpoint:
             return [self.folder / file for file in sorted(set(promised.values()))]
         pickles = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in self.folder.glob(s))
         if pickles:
-            raise ValueError(
-                f"{self.folder}: only pickle weights ({pickles[0]}); convert them to safetensors first"
-            )
+            raise ValueError(f"{self.folder}: only pickle weights ({pickles[0]}); convert them to safetensors first")
         raise ValueError(f"{self.folder}: no {SINGLE} and no {INDEX}")
 
     def load(self, name: str) -> Tensor:
@@ -191,9 +189,7 @@ class ModuleReader:
         try:
             made = converter.convert(target, model=self.model, config=self.model.config)  # type: ignore[arg-type, union-attr]
         except (RuntimeError, ValueError) as error:  # from torch.stack or torch.cat
-            raise ValueError(
-                f"{target}: its tensors in the checkpoint do not fit together ({error})"
-            ) from None
+            raise ValueError(f"{target}: its tensors in the checkpoint do not fit together ({error})") from None
         value = made[target]
         tensor = value[0] if isinstance(value, list) else value
         self._check_shape(target, target, tensor.shape)
@@ -201,9 +197,7 @@ class ModuleReader:
 
     def _check_shape(self, name: str, target: str, shape: Iterable[int]) -> None:
         if tuple(shape) != self._shapes[target]:
-            raise ValueError(
-                f"{name}: config.json wants {self._shapes[target]}, the checkpoint has {tuple(shape)}"
-            )
+            raise ValueError(f"{name}: config.json wants {self._shapes[target]}, the checkpoint has {tuple(shape)}")
 
 
 # ---- writing

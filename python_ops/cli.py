@@ -18,9 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Remote = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the Python code a checkpoint brings along.")
-]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code a checkpoint brings along.")]
 
 
 @app.command("compress")
@@ -29,9 +27,7 @@ def compress_command(
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     method: Annotated[str, typer.Option(help="resmoe")] = "resmoe",
     residual: Annotated[str, typer.Option(help="lowrank or sparse")] = "lowrank",
-    retain: Annotated[
-        float, typer.Option(help="Share of the residual's parameters to keep, in (0, 1].")
-    ] = 0.25,
+    retain: Annotated[float, typer.Option(help="Share of the residual's parameters to keep, in (0, 1].")] = 0.25,
     layers: Annotated[str, typer.Option(help="all, first:N, last:N, or numbers like 0,3,5-7")] = "all",
     factorization: Annotated[str, typer.Option(help="stacked, separate or joint (of lowrank)")] = "stacked",
     sparse_layout: Annotated[str, typer.Option(help="block (n of 32) or bitmap (of sparse)")] = "block",
@@ -75,15 +71,9 @@ def inspect_command(
 def eval_command(
     models: Annotated[list[Path], typer.Argument(help="Folders of checkpoints, dense or factored.")],
     text: Annotated[Path | None, typer.Option(help="UTF-8 text file: perplexity.")] = None,
-    lambada: Annotated[
-        Path | None, typer.Option(help="LAMBADA-style JSONL: accuracy of the last word.")
-    ] = None,
-    piqa: Annotated[
-        Path | None, typer.Option(help="PIQA-style JSONL, labels beside it: two-choice accuracy.")
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens scored per window; 512, or the window if less.")
-    ] = None,
+    lambada: Annotated[Path | None, typer.Option(help="LAMBADA-style JSONL: accuracy of the last word.")] = None,
+    piqa: Annotated[Path | None, typer.Option(help="PIQA-style JSONL, labels beside it: two-choice accuracy.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens scored per window; 512, or the window if less.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many tokens of text, or rows.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     trust_remote_code: Remote = False,
@@ -132,9 +122,7 @@ def inspect_checkpoint(folder: str | Path) -> list[dict[str, Any]]:
     checkpoint = Checkpoint(folder)
     stored = checkpoint.config.get("quantization_config") or {}
     if stored.get("quant_method") != QUANT_METHOD:
-        raise ValueError(
-            f"{folder}: not a factored checkpoint (no quantization_config of method {QUANT_METHOD!r})"
-        )
+        raise ValueError(f"{folder}: not a factored checkpoint (no quantization_config of method {QUANT_METHOD!r})")
     return [_inspect_layer(path, spec) for path, spec in ResMoEConfig(**stored).layers.items()]
 
 
@@ -143,11 +131,7 @@ def _inspect_layer(path: str, spec: dict[str, Any]) -> dict[str, Any]:
     parts = []
     if "base_gate_up" in tensors:
         parts.append(f"base x{tensors['base_gate_up']['shape'][0]}")
-    rank = {
-        m: tensors[f"u_{m}"]["shape"][0] / sizes["num_experts"]
-        for m in ("gate_up", "down")
-        if f"u_{m}" in tensors
-    }
+    rank = {m: tensors[f"u_{m}"]["shape"][0] / sizes["num_experts"] for m in ("gate_up", "down") if f"u_{m}" in tensors}
     if rank:
         parts.append(f"low rank ({sizes['factorization']})")
     density = None
@@ -176,9 +160,7 @@ def _count(shape: list[int]) -> int:
 
 
 def _print_inspection(rows: list[dict[str, Any]]) -> None:
-    table = Table(
-        "layer", "form", "mean rank gate_up/down", "density", "bytes dense", "now", "ratio", "relative error"
-    )
+    table = Table("layer", "form", "mean rank gate_up/down", "density", "bytes dense", "now", "ratio", "relative error")
     for row in rows:
         rank, density = row["mean_rank"], row["density"]
         table.add_row(
@@ -213,9 +195,7 @@ def _load(folder: Path, trust_remote_code: bool):
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code).eval()
         return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # of any type: what a model's class says to values and shapes it does not like
-        raise ValueError(
-            f"{folder}: transformers cannot load this model: {error or type(error).__name__}"
-        ) from error
+        raise ValueError(f"{folder}: transformers cannot load this model: {error or type(error).__name__}") from error
 
 
 def _number(value: float) -> str:

@@ -92,9 +92,7 @@ def compress(
             for i, experts in enumerate(chosen):
                 file, spec = folder / f"experts-{i:05d}.safetensors", specs / f"{i:05d}.json"
                 if not file.is_file():
-                    _compress_module(
-                        reader, experts, partial(compress_layer, progress=bar.set_postfix_str), file, spec
-                    )
+                    _compress_module(reader, experts, partial(compress_layer, progress=bar.set_postfix_str), file, spec)
                 bar.update()
         _carry_over(source, consumed, folder, progress)
         _finish(source, job, sorted(specs.glob("*.json")), folder)
@@ -109,9 +107,7 @@ def _all_settings(compress_layer: partial) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=str))  # dtype is not JSON
 
 
-def _compress_module(
-    reader: ModuleReader, experts: ExpertsModule, compress_layer, file: Path, spec: Path
-) -> None:
+def _compress_module(reader: ModuleReader, experts: ExpertsModule, compress_layer, file: Path, spec: Path) -> None:
     weights, report = compress_layer(experts.read(reader.read(experts.path, experts.parameter_names)))
     # The spec first: where the tensors are, it is.
     write_json({"path": experts.path, **tensor_specs(weights), "report": dataclasses.asdict(report)}, spec)
@@ -182,9 +178,7 @@ def _fingerprint(source: Checkpoint) -> str:
 
 def _check_place(source: Checkpoint, target: Path) -> None:
     if target.is_relative_to(source.folder.resolve()):
-        raise ValueError(
-            f"{target}: lies in the folder of the model to compress; choose a folder outside of it"
-        )
+        raise ValueError(f"{target}: lies in the folder of the model to compress; choose a folder outside of it")
     if not target.parent.is_dir():
         raise ValueError(f"{target.parent}: no such folder to make {target.name} in; make it first")
 
@@ -202,9 +196,7 @@ def _is_done(target: Path, job: dict[str, Any]) -> bool:
     if (target / "config.json").is_file():
         quantization = read_config(target).get("quantization_config") or {}
     if quantization.get("quant_method") != QUANT_METHOD:
-        raise ValueError(
-            f"{target}: exists and is not a checkpoint made by this command; choose another folder"
-        )
+        raise ValueError(f"{target}: exists and is not a checkpoint made by this command; choose another folder")
     for key, what in (("source", "of another model"), ("settings", "made with other settings")):
         if quantization.get(key) != job[key]:
             raise ValueError(f"{target}: holds a factored checkpoint {what}; choose another folder")
@@ -233,9 +225,7 @@ def _work_in(workplace: Path, job: dict[str, Any]) -> Iterator[None]:
         try:
             stack.enter_context(FileLock(workplace / _LOCK).acquire(blocking=False))
         except Timeout:
-            raise ValueError(
-                f"{workplace}: another process is compressing into it; wait for it to end"
-            ) from None
+            raise ValueError(f"{workplace}: another process is compressing into it; wait for it to end") from None
         if not described.is_file():
             write_json(job, described)
         elif json.loads(described.read_text()) != job:
@@ -275,9 +265,7 @@ def _build_on_meta(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module
         hint = "it is compressed already" if kind == "resmoe" else "start from an unquantised checkpoint"
         raise ValueError(f"{checkpoint.folder}: holds {kind}-quantised weights; {hint}")
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            checkpoint.folder, trust_remote_code=trust_remote_code
-        )
+        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
         architecture = (config.architectures or [""])[0]
         native = getattr(transformers, architecture, None)
         dtype = config.dtype or torch.float32

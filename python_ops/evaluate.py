@@ -76,9 +76,7 @@ def evaluate(
     if model.config.is_encoder_decoder:
         raise ValueError(f"evaluate: the model must be decoder-only, {name} is an encoder-decoder")
     if model.get_output_embeddings() is None:
-        raise ValueError(
-            f"evaluate: {name} has no language-modelling head; load it with AutoModelForCausalLM"
-        )
+        raise ValueError(f"evaluate: {name} has no language-modelling head; load it with AutoModelForCausalLM")
     if limit is not None and limit < 1:
         raise ValueError(f"evaluate: limit must be at least 1, got {limit}")
     window = _window(model, window)
@@ -106,9 +104,7 @@ def evaluate(
     try:
         with torch.inference_mode():
             if text is not None:
-                metrics |= _perplexity(
-                    model, torch.tensor(ids, device=model.device), stride, window, progress
-                )
+                metrics |= _perplexity(model, torch.tensor(ids, device=model.device), stride, window, progress)
             if lambada is not None:
                 scores = _score(model, lambada_rows, "lambada", progress)
                 metrics["lambada_accuracy"] = sum(greedy for _, greedy in scores) / len(scores)
@@ -135,9 +131,7 @@ def _window(model: PreTrainedModel, window: int | None) -> int:
     return window
 
 
-def _perplexity(
-    model: PreTrainedModel, ids: Tensor, stride: int, window: int, progress: bool
-) -> dict[str, float]:
+def _perplexity(model: PreTrainedModel, ids: Tensor, stride: int, window: int, progress: bool) -> dict[str, float]:
     """ids: (n,) int64, the whole text."""
     n = len(ids)
     overlap = max(window - stride, 1)
@@ -221,9 +215,7 @@ def _synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _lambada_rows(
-    tokenizer: PreTrainedTokenizerBase, path: Path | str, window: int, limit: int | None
-) -> list[_Row]:
+def _lambada_rows(tokenizer: PreTrainedTokenizerBase, path: Path | str, window: int, limit: int | None) -> list[_Row]:
     rows = []
     for where, (passage,) in _read_json_lines(path, ("text",))[:limit]:
         split = re.fullmatch(r"(.*\S)(\s+\S+)\s*", passage, re.DOTALL)
@@ -248,8 +240,7 @@ def _piqa_rows(
             raise ValueError(f"{labels_path}, line {number}: a label must be 0 or 1, got {line!r}")
     if len(lines) != len(questions):
         raise ValueError(
-            f"{labels_path}: must have one label per row of {path}, "
-            f"got {len(lines)} labels for {len(questions)} rows"
+            f"{labels_path}: must have one label per row of {path}, got {len(lines)} labels for {len(questions)} rows"
         )
     rows, sizes = [], []
     for where, (goal, *solutions) in questions[:limit]:
@@ -260,21 +251,15 @@ def _piqa_rows(
     return rows, [int(line) for line in lines[:limit]], sizes
 
 
-def _row(
-    tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, window: int, where: str
-) -> _Row:
+def _row(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, window: int, where: str) -> _Row:
     tokens = _encode(tokenizer, context + continuation)
     # A token that spans the boundary is not in the context's own encoding: it counts as continuation.
     pairs = zip(tokens, _encode(tokenizer, context), strict=False)
     scored = len(tokens) - sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     if scored == len(tokens):
-        raise ValueError(
-            f"{where}: no token ends before the continuation {continuation!r}; it needs a context"
-        )
+        raise ValueError(f"{where}: no token ends before the continuation {continuation!r}; it needs a context")
     if scored > window:
-        raise ValueError(
-            f"{where}: the continuation is {scored} tokens long, more than the window of {window}"
-        )
+        raise ValueError(f"{where}: the continuation is {scored} tokens long, more than the window of {window}")
     return _Row(tokens[-(window + 1) :], scored)
 
 

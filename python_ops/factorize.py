@@ -82,9 +82,7 @@ def buy_blocks(energies: Sequence[Tensor], prices: Sequence[int], budget: float)
     energies: per row (blocks,) float, descending
     prices: per row, the parameters of one block;  budget: parameters
     """
-    offers = [
-        (energy / prices[i], i) for i, row in enumerate(energies) for energy in row.tolist() if energy > 0
-    ]
+    offers = [(energy / prices[i], i) for i, row in enumerate(energies) for energy in row.tolist() if energy > 0]
     bought = [0] * len(prices)
     for _, i in sorted(offers, key=lambda offer: -offer[0]):
         if prices[i] <= budget:

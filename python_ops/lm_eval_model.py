@@ -27,9 +27,7 @@ class ResMoELM(HFLM):
     """
 
     def __init__(self, pretrained, device: str | None = None, **options) -> None:
-        super().__init__(
-            pretrained, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), **options
-        )
+        super().__init__(pretrained, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), **options)
 
 
 if __name__ == "__main__":

@@ -47,9 +47,7 @@ def bitmap(
     return tensors
 
 
-def block(
-    residual: Residual, num_experts: int, *, kept: int, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
+def block(residual: Residual, num_experts: int, *, kept: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The ``kept`` largest magnitudes of every 32 along a row, ties to the lower column.
 
     residual: e -> gate_up (N, H), down (H, I) float;  kept: 4, 8, 12 or 16;  dtype: of the values
@@ -59,9 +57,10 @@ def block(
     values: dict[str, list[Tensor]] = {m: [] for m in MATRICES}
     for e in range(num_experts):
         for matrix, dense in zip(MATRICES, residual(e), strict=True):
-            mask, largest = pack_block(dense, kept)
-            masks[matrix].append(mask)
-            values[matrix].append(largest.to(dtype))
+            # By rows, because packing sorts: a Mixtral matrix at once would take 3 GB of indices.
+            packed = [pack_block(rows, kept) for rows in dense.split(1024)]
+            masks[matrix].append(torch.cat([mask for mask, _ in packed]))
+            values[matrix].append(torch.cat([largest.to(dtype) for _, largest in packed]))
     tensors = {}
     for matrix in MATRICES:
         tensors[f"mask_{matrix}"] = torch.stack(masks[matrix])

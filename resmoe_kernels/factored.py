@@ -209,12 +209,15 @@ class FactoredExperts:
 
     def materialize(self, dtype: torch.dtype = torch.float32) -> DenseExperts:
         """The dense experts B_g(e) + U_e V_e + S_e, summed in ``dtype``; for checks and export, never inference."""
-        dense = {m: torch.stack([self._materialize(m, e, dtype) for e in range(self.num_experts)]) for m in MATRICES}
+        dense = {
+            m: torch.stack([self.materialize_matrix(m, e, dtype) for e in range(self.num_experts)]) for m in MATRICES
+        }
         bias_gate_up = None if self.bias_gate_up is None else self.bias_gate_up.to(dtype)
         bias_down = None if self.bias_down is None else self.bias_down.to(dtype)
         return DenseExperts(dense["gate_up"], dense["down"], bias_gate_up, bias_down, self.gated)
 
-    def _materialize(self, matrix: str, expert: int, dtype: torch.dtype) -> Tensor:
+    def materialize_matrix(self, matrix: str, expert: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """One matrix (N, K) of one expert, as ``materialize`` makes it."""
         rows, columns = self.rows_columns(matrix)
         device = next(iter(self.tensors().values())).device
         weight = torch.zeros(rows, columns, dtype=dtype, device=device)

@@ -73,7 +73,9 @@ SPELLINGS = [
 
 
 def write_single(folder: Path, tensors: Tensors) -> None:
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / SINGLE, metadata={"format": "pt"})
+    save_file(
+        {name: t.contiguous() for name, t in tensors.items()}, folder / SINGLE, metadata={"format": "pt"}
+    )
 
 
 def write_sharded(folder: Path, tensors: Tensors, shards: int = 3) -> None:
@@ -158,7 +160,10 @@ def test_tensors_beside_experts_in_a_shard_keep_their_bits(tmp_path):
     copied = load_file(out / "model-00001-of-00001.safetensors")
     assert {name for name in tensors if ".experts." not in name} == copied.keys()
     for name, tensor in copied.items():
-        same = tensor.contiguous().view(-1).view(torch.uint8), tensors[name].contiguous().view(-1).view(torch.uint8)
+        same = (
+            tensor.contiguous().view(-1).view(torch.uint8),
+            tensors[name].contiguous().view(-1).view(torch.uint8),
+        )
         assert tensor.dtype == tensors[name].dtype and tensor.shape == tensors[name].shape
         assert torch.equal(*same), name
     assert len(find_experts(model)) == 2
@@ -310,8 +315,14 @@ def change(folder: Path, changes: dict[str, Tensor | None]) -> None:
     ("changes", "match"),
     [
         ({W1.format(2): None}, rf"^{GATE_UP}: its tensors in the checkpoint do not fit together"),
-        ({W1.format(2): torch.ones(47, 32)}, rf"^{GATE_UP}: its tensors in the checkpoint do not fit together"),
-        ({W1.format(4): torch.ones(48, 32)}, rf"^{GATE_UP}: its tensors in the checkpoint do not fit together"),
+        (
+            {W1.format(2): torch.ones(47, 32)},
+            rf"^{GATE_UP}: its tensors in the checkpoint do not fit together",
+        ),
+        (
+            {W1.format(4): torch.ones(48, 32)},
+            rf"^{GATE_UP}: its tensors in the checkpoint do not fit together",
+        ),
         (
             {W1.format(e): torch.ones(40, 32) for e in range(4)},
             rf"^{GATE_UP}: config.json wants \(4, 96, 32\), the checkpoint has \(4, 88, 32\)$",
@@ -360,7 +371,9 @@ def test_tensors_that_do_not_make_the_module(changes, match, tmp_path):
 
 def test_a_parameter_without_tensors(tmp_path):
     model = make(tmp_path / "dense", "mixtral", mixtral_on_the_hub)
-    names = [name for name in load_file(tmp_path / "dense" / SINGLE) if name.startswith("model.layers.1.block")]
+    names = [
+        name for name in load_file(tmp_path / "dense" / SINGLE) if name.startswith("model.layers.1.block")
+    ]
     change(tmp_path / "dense", dict.fromkeys(names))
     reader = ModuleReader(Checkpoint(tmp_path / "dense"), on_meta(model))
     with pytest.raises(ValueError, match=rf"dense: no tensor in the checkpoint makes {GATE_UP}$"):
@@ -370,7 +383,9 @@ def test_a_parameter_without_tensors(tmp_path):
 def test_stacked_tensors_of_another_shape(tmp_path):
     model = make(tmp_path / "dense", "mixtral")
     change(tmp_path / "dense", {GATE_UP: torch.ones(3, 96, 32)})
-    with pytest.raises(ValueError, match=rf"^{GATE_UP}: config.json wants \(4, 96, 32\), .* has \(3, 96, 32\)$"):
+    with pytest.raises(
+        ValueError, match=rf"^{GATE_UP}: config.json wants \(4, 96, 32\), .* has \(3, 96, 32\)$"
+    ):
         ModuleReader(Checkpoint(tmp_path / "dense"), on_meta(model))
 
 

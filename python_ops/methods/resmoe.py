@@ -132,7 +132,7 @@ def resmoe(
     for e in range(count):
         for matrix, weight in zip(MATRICES, original(e), strict=True):
             whole[matrix] += squared_norm(weight)
-            lost[matrix] += squared_norm(weight.sub_(factored._materialize(matrix, e, torch.float32)))
+            lost[matrix] += squared_norm(weight.sub_(factored.materialize_matrix(matrix, e)))
     report = Report(
         relative_error=_relative(sum(lost.values()), sum(whole.values())),
         relative_error_gate_up=_relative(lost["gate_up"], whole["gate_up"]),

@@ -1,0 +1,65 @@
+"""The README is true: its example runs, its commands parse, its paths exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from resmoe_kernels.python_ops.cli import app
+
+REPO = Path(__file__).parent.parent
+README = (REPO / "README.md").read_text()
+
+
+def test_the_python_example_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "examples").symlink_to(REPO / "examples")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert float(re.search(r"'perplexity': ([\d.]+)", result.stdout)[1]) < 4096  # better than guessing among all tokens
+    assert (tmp_path / "tiny-mixtral-lowrank" / "config.json").is_file()
+
+
+COMMANDS = [shlex.split(line.split("#")[0]) for line in README.splitlines() if line.startswith("    resmoe ")]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: " ".join(c[1:3]))
+def test_every_option_of_a_command_shown_exists(command):
+    known = CliRunner().invoke(app, [command[1], "--help"], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    assert known.exit_code == 0
+    for option in (word for word in command if word.startswith("--")):
+        assert option in known.output
+
+
+def test_four_commands_are_shown():
+    assert {command[1] for command in COMMANDS} == {"compress", "inspect", "eval", "generate"}
+
+
+def test_the_make_targets_exist():
+    targets = re.findall(r"^    make (\w+)", README, re.MULTILINE)
+    assert targets == ["demo", "test"]
+    makefile = (REPO / "Makefile").read_text()
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+def test_the_map_shows_what_is_there():
+    (tree,) = re.findall(r"## Map\n\n(.*?)\n\n", README, re.DOTALL)
+    folders = re.findall(r"^    (\w+)/", tree, re.MULTILINE)
+    assert all((REPO / folder).is_dir() for folder in folders)
+    for file in re.findall(r"[\w/]+\.(?:py|cpp)\b", tree):
+        assert any((REPO / folder / file).exists() for folder in folders), file
+
+
+def test_methods_said_to_be_here_are():
+    from resmoe_kernels.python_ops.methods import METHODS
+
+    rows = re.findall(r"^\| `([\w-]+)` \|.*\| (yes|not yet) \|$", README, re.MULTILINE)
+    assert {name for name, here in rows if here == "yes"} == set(METHODS)
