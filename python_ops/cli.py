@@ -96,7 +96,7 @@ def eval_command(
     table = Table("", *rows)
     for metric in next(iter(rows.values())):
         table.add_row(metric, *(_number(row[metric]) for row in rows.values()))
-    Console().print(table)
+    _print(table)
 
 
 @app.command("generate")
@@ -175,12 +175,20 @@ def _print_inspection(rows: list[dict[str, Any]]) -> None:
         )
     dense, now = (sum(row[key] for row in rows) for key in ("bytes_dense", "bytes_now"))
     table.add_row("all", "", "", "", f"{dense:,}", f"{now:,}", f"{now / dense:.3f}", "", style="bold")
-    Console().print(table)
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    # At its own width: fitted to the 80 columns of a pipe or a narrow terminal, numbers lose their digits.
+    width = Console(width=1000).measure(table).maximum
+    Console(width=width).print(table)
 
 
 def continuation(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
-    """The greedy continuation of a prompt, without the prompt."""
+    """The greedy continuation of a prompt, without the prompt. Raises ValueError if the prompt holds no token."""
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    if not inputs["input_ids"].numel():
+        raise ValueError(f"prompt: must hold at least one token, got {prompt!r}")
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 

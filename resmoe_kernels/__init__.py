@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from resmoe_kernels.when_imported import when_imported
@@ -34,8 +35,14 @@ if TYPE_CHECKING:
 def __getattr__(name: str):
     if name not in _WHERE:
         raise AttributeError(f"module 'resmoe_kernels' has no attribute {name!r}")
+    value = getattr(_import(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def _import(module: str) -> ModuleType:
     try:
-        value = getattr(importlib.import_module(f"resmoe_kernels.{_WHERE[name]}"), name)
+        return importlib.import_module(f"resmoe_kernels.{module}")
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("resmoe_kernels.python_ops"):
             raise ImportError(
@@ -43,8 +50,6 @@ def __getattr__(name: str):
                 "run: pip install --no-build-isolation -e ."
             ) from error
         raise
-    globals()[name] = value
-    return value
 
 
 def __dir__() -> list[str]:
@@ -52,7 +57,7 @@ def __dir__() -> list[str]:
 
 
 def _register_with_transformers() -> None:
-    importlib.import_module("resmoe_kernels.python_ops.hf_quantizer")
+    _import("python_ops.hf_quantizer")
 
 
 # transformers looks quantizers up in this module; from then on it can load a factored checkpoint.

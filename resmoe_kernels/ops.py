@@ -43,9 +43,9 @@ def _compiled(op: str) -> list[str]:
 # ---- backends
 
 
-def backends(op: str = "experts") -> tuple[str, ...]:
-    """Names of the backends that can run ``op``: ``reference`` always, and those whose kernels are built."""
-    return ("reference", *_compiled(op))
+def backends() -> tuple[str, ...]:
+    """Names of the backends that can run ``resmoe::experts``: ``reference``, and those whose kernels are built."""
+    return ("reference", *_compiled("experts"))
 
 
 @contextmanager

@@ -43,12 +43,10 @@ def pack_block(dense: Tensor, n: int) -> tuple[Tensor, Tensor]:
     narrower than n keeps all its columns and pads its values with zeros. Ties go to the lower column.
     """
     padded = torch.nn.functional.pad(dense, (0, -dense.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
-    # Padding columns rank below every real one, zeros included.
-    inside = torch.arange(padded.shape[-2] * BLOCK, device=dense.device).view(-1, BLOCK) < dense.shape[-1]
-    score = padded.abs().masked_fill(~inside, -1.0)
-    columns = score.sort(dim=-1, descending=True, stable=True).indices[..., :n].sort(dim=-1).values
-    keep = torch.zeros_like(padded, dtype=torch.bool).scatter_(-1, columns, True) & inside
-    return pack_mask(keep.flatten(-2)), padded.gather(-1, columns)
+    # Stable, so that the padding, zeros at the end, ranks below every real column.
+    columns = padded.abs().sort(dim=-1, descending=True, stable=True).indices[..., :n].sort(dim=-1).values
+    keep = torch.zeros_like(padded, dtype=torch.bool).scatter_(-1, columns, True)
+    return pack_mask(keep.flatten(-2)[..., : dense.shape[-1]]), padded.gather(-1, columns)
 
 
 def pack_bitmap(dense: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -128,18 +128,14 @@ def make_layer(generator: torch.Generator) -> MakeLayer:
             own = {"gate_up": ranks, "down": ranks[::-1]}
             if factorization == "joint":
                 total = sum(ranks)
-                t["rank_offsets_gate_up"] = torch.tensor([0, *ranks], dtype=torch.int32).cumsum(
-                    0, dtype=torch.int32
-                )
+                t["rank_offsets_gate_up"] = torch.tensor([0, *ranks], dtype=torch.int32).cumsum(0, dtype=torch.int32)
                 t["u_gate_up"] = normal(total, inner, scale=inner**-0.5)
                 t["v_gate_up"] = normal(total, (2 if gated else 1) * H, scale=2.0)
                 t["u_down"] = normal(total, H, scale=2.0)
             else:
                 for m, (N, K) in matrices.items():
                     left = inner if m == "gate_up" and factorization == "separate" else N
-                    t[f"rank_offsets_{m}"] = torch.tensor([0, *own[m]], dtype=torch.int32).cumsum(
-                        0, dtype=torch.int32
-                    )
+                    t[f"rank_offsets_{m}"] = torch.tensor([0, *own[m]], dtype=torch.int32).cumsum(0, dtype=torch.int32)
                     t[f"u_{m}"] = normal(sum(own[m]), left, scale=0.5)
                     t[f"v_{m}"] = normal(sum(own[m]), K, scale=K**-0.5)
         for m, (N, K) in matrices.items() if sparse is not None else ():

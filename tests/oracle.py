@@ -88,15 +88,11 @@ def dense_experts(tensors: Mapping[str, Tensor], sizes: Mapping) -> tuple[np.nda
                     matrix += expand(mask, values[e], None, matrix.shape[1])
                 else:
                     first = e * matrix.shape[0]
-                    matrix += expand(
-                        mask, values, offsets[first : first + matrix.shape[0] + 1], matrix.shape[1]
-                    )
+                    matrix += expand(mask, values, offsets[first : first + matrix.shape[0] + 1], matrix.shape[1])
     return gate_up, down
 
 
-def _add_low_rank(
-    gate_up: np.ndarray, down: np.ndarray, e: int, tensors: Mapping[str, Tensor], sizes: Mapping
-) -> None:
+def _add_low_rank(gate_up: np.ndarray, down: np.ndarray, e: int, tensors: Mapping[str, Tensor], sizes: Mapping) -> None:
     hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
     if sizes["factorization"] == "joint":
         if "u_gate_up" not in tensors:
@@ -135,9 +131,7 @@ def oracle(
     """The layer's output (T, H) float64: token by token, slot by slot, every expert as dense matrices."""
     gate_up, down = dense_experts(tensors, sizes)
     num_experts, inner = sizes["num_experts"], sizes["intermediate_size"]
-    bias_gate_up = (
-        float64(tensors["bias_gate_up"]) if "bias_gate_up" in tensors else np.zeros(gate_up.shape[:2])
-    )
+    bias_gate_up = float64(tensors["bias_gate_up"]) if "bias_gate_up" in tensors else np.zeros(gate_up.shape[:2])
     bias_down = float64(tensors["bias_down"]) if "bias_down" in tensors else np.zeros(down.shape[:2])
     tokens, weights = float64(x), float64(top_k_weights)
     output = np.zeros_like(tokens)
@@ -221,9 +215,7 @@ def assert_as_good_as_pytorch(
     expected = oracle(*layer, **how, gates=numpy_gates)
     assert actual.dtype == x.dtype and actual.shape == x.shape
     got = float64(actual)
-    assert np.isfinite(got).all(), (
-        f"not finite at (token, column) {np.argwhere(~np.isfinite(got))[:5].tolist()}"
-    )
+    assert np.isfinite(got).all(), f"not finite at (token, column) {np.argwhere(~np.isfinite(got))[:5].tolist()}"
     plain_max, plain_rms = same_dtype_error(expected, *layer, **how, gates=torch_gates)
     ulp = torch.finfo(x.dtype).eps
     allowed_max = 2 * plain_max + ulp * np.abs(expected).max(initial=0.0)

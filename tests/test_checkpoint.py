@@ -1,4 +1,4 @@
-"""Checkpoints on disk: every spelling reads the same, what is damaged is named, what is copied is copied bit for bit."""
+"""Checkpoints on disk: all spellings read the same, damage is named, and a copy is one bit for bit."""
 
 from __future__ import annotations
 
@@ -73,9 +73,7 @@ SPELLINGS = [
 
 
 def write_single(folder: Path, tensors: Tensors) -> None:
-    save_file(
-        {name: t.contiguous() for name, t in tensors.items()}, folder / SINGLE, metadata={"format": "pt"}
-    )
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / SINGLE, metadata={"format": "pt"})
 
 
 def write_sharded(folder: Path, tensors: Tensors, shards: int = 3) -> None:
@@ -371,9 +369,7 @@ def test_tensors_that_do_not_make_the_module(changes, match, tmp_path):
 
 def test_a_parameter_without_tensors(tmp_path):
     model = make(tmp_path / "dense", "mixtral", mixtral_on_the_hub)
-    names = [
-        name for name in load_file(tmp_path / "dense" / SINGLE) if name.startswith("model.layers.1.block")
-    ]
+    names = [name for name in load_file(tmp_path / "dense" / SINGLE) if name.startswith("model.layers.1.block")]
     change(tmp_path / "dense", dict.fromkeys(names))
     reader = ModuleReader(Checkpoint(tmp_path / "dense"), on_meta(model))
     with pytest.raises(ValueError, match=rf"dense: no tensor in the checkpoint makes {GATE_UP}$"):
@@ -383,9 +379,7 @@ def test_a_parameter_without_tensors(tmp_path):
 def test_stacked_tensors_of_another_shape(tmp_path):
     model = make(tmp_path / "dense", "mixtral")
     change(tmp_path / "dense", {GATE_UP: torch.ones(3, 96, 32)})
-    with pytest.raises(
-        ValueError, match=rf"^{GATE_UP}: config.json wants \(4, 96, 32\), .* has \(3, 96, 32\)$"
-    ):
+    with pytest.raises(ValueError, match=rf"^{GATE_UP}: config.json wants \(4, 96, 32\), .* has \(3, 96, 32\)$"):
         ModuleReader(Checkpoint(tmp_path / "dense"), on_meta(model))
 
 

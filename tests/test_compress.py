@@ -26,9 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def tree(folder: Path) -> dict[str, str]:
     """Every file and folder below ``folder`` with a digest of what it holds."""
     return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        if path.is_file()
-        else ""
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         for path in sorted(folder.rglob("*"))
     }
 
@@ -66,8 +64,8 @@ def model(mixtral, tmp_path) -> Path:
 # ---- killed
 
 
-# A process that kills itself right before the k-th change to the file system below a folder, for every k until it lives.
-# Audit events tell of changes whatever function makes them. One import serves all: each run is a fork of this process.
+# Runs that kill themselves right before the k-th change to the file system below a folder, for every k until one
+# lives. Audit events tell of changes whatever function makes them. One import serves all: each run is a fork.
 KILLER = """
 import filecmp, os, shutil, signal, sys
 from pathlib import Path
@@ -266,17 +264,12 @@ def test_defaults_given_are_the_same_job(mixtral, tmp_path, request):
     """The command line gives every setting, a call may give none."""
     rk.compress(mixtral, tmp_path / "out", progress=False)
     request.getfixturevalue("no_work")
-    rk.compress(
-        mixtral, tmp_path / "out", retain=0.25, residual="lowrank", solver="assignment", progress=False
-    )
+    rk.compress(mixtral, tmp_path / "out", retain=0.25, residual="lowrank", solver="assignment", progress=False)
 
 
 def test_a_dtype_is_a_setting(mixtral, tmp_path):
     out = rk.compress(mixtral, tmp_path / "out", dtype=torch.float16, progress=False)
-    assert (
-        load_file(out / "experts-00000.safetensors")["model.layers.0.mlp.experts.base_down"].dtype
-        == torch.float16
-    )
+    assert load_file(out / "experts-00000.safetensors")["model.layers.0.mlp.experts.base_down"].dtype == torch.float16
     assert rk.compress(mixtral, tmp_path / "out", dtype=torch.float16, progress=False) == out
     with pytest.raises(ValueError, match=r"out: holds a factored checkpoint made with other settings"):
         rk.compress(mixtral, tmp_path / "out", dtype=torch.bfloat16, progress=False)
@@ -354,11 +347,7 @@ def test_everything_else_is_carried_over(mixtral, tmp_path):
         "code/config.json",
     } <= same
     dense_weights = json.loads((mixtral / INDEX).read_text())["weight_map"]
-    mixed = {
-        file
-        for name, file in dense_weights.items()
-        if name.startswith("model.layers.0.block_sparse_moe.experts")
-    }
+    mixed = {file for name, file in dense_weights.items() if name.startswith("model.layers.0.block_sparse_moe.experts")}
     assert {name for name in before if name.endswith(".safetensors")} - mixed <= same
     assert after.keys() <= before.keys() | made
 
@@ -437,9 +426,7 @@ SETTINGS = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(s.values()))
 def test_nbytes_are_those_on_disk_and_the_result_loads(settings, mixtral, tmp_path):
     out = rk.compress(mixtral, tmp_path / "out", **settings, progress=False)
-    for i, spec in enumerate(
-        json.loads((out / "config.json").read_text())["quantization_config"]["layers"].values()
-    ):
+    for i, spec in enumerate(json.loads((out / "config.json").read_text())["quantization_config"]["layers"].values()):
         tensors = load_file(out / f"experts-{i:05d}.safetensors")
         assert spec["report"]["bytes_now"] == sum(t.numel() * t.element_size() for t in tensors.values())
         assert spec["report"]["bytes_dense"] == 4 * 3 * 32 * 48 * 4

@@ -170,9 +170,7 @@ def test_router_weights_of_any_sign_and_size(backend, make_layer, generator):
     """The weight multiplies after the activation, so sign, zero and scale must pass through linearly."""
     layer = make_layer(**EVERYTHING)
     x, index, _ = inputs(_uniform(generator, 5, 6), layer.hidden_size, generator)
-    weights = torch.tensor([[1.0, 0.0, -1.0]]).repeat(5, 1) * torch.tensor(
-        [[1e-3], [1.0], [7.0], [-50.0], [0.0]]
-    )
+    weights = torch.tensor([[1.0, 0.0, -1.0]]).repeat(5, 1) * torch.tensor([[1e-3], [1.0], [7.0], [-50.0], [0.0]])
     output = run_and_check(backend, (x, index, weights), layer)
     assert torch.count_nonzero(output[4]) == 0
 
@@ -227,18 +225,12 @@ def test_registered_gate(backend, make_layer, generator, gated):
 
     def same_in_numpy(z: np.ndarray) -> np.ndarray:
         glu = np.minimum(z[::2] if gated else z, 1.5)
-        return (
-            glu
-            / (1 + np.exp(-1.702 * (glu if gated else z)))
-            * (np.clip(z[1::2], -1.5, 1.5) + 1 if gated else 1)
-        )
+        return glu / (1 + np.exp(-1.702 * (glu if gated else z))) * (np.clip(z[1::2], -1.5, 1.5) + 1 if gated else 1)
 
     register_gate("test_experts_gate", gate)
     layer = make_layer(**EVERYTHING, gated=gated)
     call = inputs(_uniform(generator, 12, 6), layer.hidden_size, generator)
-    run_and_check(
-        backend, call, layer, "test_experts_gate", gates={"test_experts_gate": (same_in_numpy, gate)}
-    )
+    run_and_check(backend, call, layer, "test_experts_gate", gates={"test_experts_gate": (same_in_numpy, gate)})
 
 
 @pytest.mark.parametrize(
@@ -300,9 +292,7 @@ def test_transposed_and_broadcast_inputs(backend, make_layer, generator):
 def test_strided_layer(backend, make_layer, generator, form):
     """A checkpoint may hand out views of larger tensors (one rank's slice, a transposed matrix)."""
     layer = make_layer(**FORMS[form])
-    views = FactoredExperts.from_tensors(
-        {n: _strided(t) for n, t in layer.tensors().items()}, **layer.sizes()
-    )
+    views = FactoredExperts.from_tensors({n: _strided(t) for n, t in layer.tensors().items()}, **layer.sizes())
     run_and_check(backend, inputs(_uniform(generator, 13, 6), layer.hidden_size, generator), views)
 
 
@@ -353,8 +343,7 @@ def test_a_part_that_is_empty_changes_no_bit(backend, make_layer, generator):
 def test_two_calls_give_equal_bits(backend, make_layer, generator, form):
     layer = make_layer(**FORMS[form], dtype=torch.bfloat16).to(backend.device)
     call = [
-        t.to(backend.device)
-        for t in inputs(_zipf(generator, 200, 6), layer.hidden_size, generator, torch.bfloat16)
+        t.to(backend.device) for t in inputs(_zipf(generator, 200, 6), layer.hidden_size, generator, torch.bfloat16)
     ]
     first = resmoe_kernels.experts(*call, layer)
     assert all(torch.equal(first, resmoe_kernels.experts(*call, layer)) for _ in range(3))
@@ -373,9 +362,7 @@ def test_arguments_are_not_written(backend, make_layer, generator):
 
 def test_a_token_reaches_no_other_token(backend, make_layer, generator):
     layer = make_layer(**EVERYTHING).to(backend.device)
-    x, index, weights = (
-        t.to(backend.device) for t in inputs(_uniform(generator, 11, 6), layer.hidden_size, generator)
-    )
+    x, index, weights = (t.to(backend.device) for t in inputs(_uniform(generator, 11, 6), layer.hidden_size, generator))
     x[4] = float("nan")
     output = resmoe_kernels.experts(x, index, weights, layer)
     assert output[4].isnan().all() and output[torch.arange(11) != 4].isfinite().all()
@@ -395,17 +382,13 @@ def test_weights_of_skipped_slots_are_not_read(backend, make_layer, generator):
 @pytest.mark.parametrize("form", ["everything", "both"])
 def test_experts_that_no_token_hit_are_not_read(backend, make_layer, generator, form):
     layer = make_layer(**FORMS[form])
-    index = (
-        _uniform(generator, 11, 3) + 3
-    )  # never experts 0, 1, 2, that is: never the first rows of a ragged part
+    index = _uniform(generator, 11, 3) + 3  # never experts 0, 1, 2, that is: never the first rows of a ragged part
     for name, tensor in layer.tensors().items():
         matrix = "gate_up" if name.endswith("gate_up") else "down"
         if name.startswith(("u_", "v_")):
             tensor[: layer.tensors()[f"rank_offsets_{matrix}"][3]] = float("nan")
         elif name.startswith("values_") and tensor.dim() == 1:
-            tensor[: layer.tensors()[f"row_offsets_{matrix}"][3 * layer.rows_columns(matrix)[0]]] = float(
-                "nan"
-            )
+            tensor[: layer.tensors()[f"row_offsets_{matrix}"][3 * layer.rows_columns(matrix)[0]]] = float("nan")
         elif name.startswith(("values_", "bias_")):
             tensor[:3] = float("nan")
     run_and_check(backend, inputs(index, layer.hidden_size, generator), layer)
@@ -476,9 +459,7 @@ def test_gradcheck(backend, make_layer, generator, form):
 
     def run(x: Tensor, weights: Tensor, *factors: Tensor) -> Tensor:
         changed = {**layer.tensors(), **dict(zip(names, factors, strict=True))}
-        return resmoe_kernels.experts(
-            x, index, weights, FactoredExperts.from_tensors(changed, **layer.sizes())
-        )
+        return resmoe_kernels.experts(x, index, weights, FactoredExperts.from_tensors(changed, **layer.sizes()))
 
     assert torch.autograd.gradcheck(run, (x, weights, *factors), fast_mode=True)
 
@@ -504,9 +485,7 @@ def test_gradients_are_those_of_the_reference(backend, make_layer, generator, fo
 def test_gradient_of_one_input_alone(backend, make_layer, generator, wanted):
     """What needs no gradient gets none, and its absence disturbs no other."""
     layer = make_layer(**EVERYTHING).to(backend.device)
-    x, index, weights = (
-        t.to(backend.device) for t in inputs(_uniform(generator, 7, 6), layer.hidden_size, generator)
-    )
+    x, index, weights = (t.to(backend.device) for t in inputs(_uniform(generator, 7, 6), layer.hidden_size, generator))
     tensors = {"x": x, "top_k_weights": weights, **layer.tensors()}
     tensors[wanted].requires_grad_()
     output = resmoe_kernels.experts(x, index, weights, layer)
@@ -516,9 +495,7 @@ def test_gradient_of_one_input_alone(backend, make_layer, generator, wanted):
 
 def test_bfloat16_gradients_have_the_dtype_of_their_input(backend, make_layer, generator):
     layer = make_layer(**EVERYTHING, dtype=torch.bfloat16).to(backend.device)
-    x, index, _ = (
-        t.to(backend.device) for t in inputs(_uniform(generator, 7, 6), 45, generator, torch.bfloat16)
-    )
+    x, index, _ = (t.to(backend.device) for t in inputs(_uniform(generator, 7, 6), 45, generator, torch.bfloat16))
     weights = torch.rand(index.shape, device=backend.device, requires_grad=True)
     resmoe_kernels.experts(x.requires_grad_(), index, weights, layer).float().sum().backward()
     assert x.grad is not None and x.grad.dtype == torch.bfloat16
@@ -547,7 +524,5 @@ def test_dense_matrices_of_the_oracle_are_those_of_materialize(make_layer):
     """Oracle and package agree on the weights, so a disagreement above is one of the forward pass."""
     layer = make_layer(**FORMS["both"], dtype=torch.float64)
     dense = layer.materialize(torch.float64)
-    for got, expected in zip(
-        (dense.gate_up, dense.down), dense_experts(layer.tensors(), layer.sizes()), strict=True
-    ):
+    for got, expected in zip((dense.gate_up, dense.down), dense_experts(layer.tensors(), layer.sizes()), strict=True):
         np.testing.assert_allclose(got.numpy(), expected, rtol=0, atol=1e-12)

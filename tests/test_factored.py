@@ -72,15 +72,9 @@ def test_from_tensors_is_the_inverse_of_tensors_and_sizes(make_layer, form):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nbytes_is_the_memory_really_held(make_layer, form, dtype):
     layer = make_layer(**FORMS[form], dtype=dtype)
-    held = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in layer.tensors().values()
-        if t.numel()
-    }
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in layer.tensors().values() if t.numel()}
     assert layer.nbytes() == sum(held.values())
-    assert len(held) == sum(
-        t.numel() > 0 for t in layer.tensors().values()
-    )  # no two share memory and count twice
+    assert len(held) == sum(t.numel() > 0 for t in layer.tensors().values())  # no two share memory and count twice
 
 
 def test_nbytes_by_part(make_layer):
@@ -411,9 +405,7 @@ def _flip(name: str, place: tuple, bit: int) -> Change:
 
 
 def _ranks(ranks: list[int]) -> Change:
-    return lambda tensors, sizes: tensors.update(
-        rank_offsets_gate_up=torch.tensor([0, *ranks]).cumsum(0).int()
-    )
+    return lambda tensors, sizes: tensors.update(rank_offsets_gate_up=torch.tensor([0, *ranks]).cumsum(0).int())
 
 
 CORRUPT: list[tuple[str, Change, str | re.Pattern]] = [
@@ -471,9 +463,7 @@ CORRUPT: list[tuple[str, Change, str | re.Pattern]] = [
     (
         "bitmap",
         lambda t, s: t.update(values_gate_up=t["values_gate_up"][:-1]),
-        re.compile(
-            r"row_offsets_gate_up: must rise from 0 to \d+ without falling, got \[0, .*, \.\.\., \d+\]"
-        ),
+        re.compile(r"row_offsets_gate_up: must rise from 0 to \d+ without falling, got \[0, .*, \.\.\., \d+\]"),
     ),
     (
         "bitmap",
@@ -483,9 +473,7 @@ CORRUPT: list[tuple[str, Change, str | re.Pattern]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    "form, change, sentence", CORRUPT, ids=[f"{i}-{r[0]}" for i, r in enumerate(CORRUPT)]
-)
+@pytest.mark.parametrize("form, change, sentence", CORRUPT, ids=[f"{i}-{r[0]}" for i, r in enumerate(CORRUPT)])
 def test_check_values_refuses(make_layer, form, change, sentence):
     layer = make_layer(**FORMS[form])
     tensors, sizes = layer.tensors(), layer.sizes()
@@ -499,9 +487,7 @@ def test_check_values_reads_rank_offsets_of_a_layer_without_rows(make_layer):
     layer = make_layer(ranks=[0] * 6)
     layer.check_values()
     layer.tensors()["rank_offsets_down"][1:] = 1
-    with raises_sentence(
-        "rank_offsets_down: must rise from 0 to 0 without falling, got [0, 1, 1, 1, 1, 1, 1]"
-    ):
+    with raises_sentence("rank_offsets_down: must rise from 0 to 0 without falling, got [0, 1, 1, 1, 1, 1, 1]"):
         layer.check_values()
 
 

@@ -12,9 +12,7 @@ import pytest
 from conftest import REPO
 
 OPS = sorted((REPO / "resmoe_kernels").glob("*.py"))
-METAL = sorted(
-    p for p in (REPO / "csrc").rglob("*") if p.suffix in {".h", ".hpp", ".cpp", ".cc", ".cu", ".cuh"}
-)
+METAL = sorted(p for p in (REPO / "csrc").rglob("*") if p.suffix in {".h", ".hpp", ".cpp", ".cc", ".cu", ".cuh"})
 # What the ops storey may import besides the standard library and itself.
 ALLOWED = {"torch", "triton"}
 
@@ -39,9 +37,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 def without_type_checking(tree: ast.Module) -> ast.Module:
     """The module as it runs: without the body of ``if TYPE_CHECKING:``."""
-    body = [
-        n for n in tree.body if not (isinstance(n, ast.If) and getattr(n.test, "id", "") == "TYPE_CHECKING")
-    ]
+    body = [n for n in tree.body if not (isinstance(n, ast.If) and getattr(n.test, "id", "") == "TYPE_CHECKING")]
     return ast.Module(body=body, type_ignores=[])
 
 
@@ -54,23 +50,17 @@ def test_ops_storey_imports_nothing_above_it(path: Path):
     tree = without_type_checking(ast.parse(path.read_text(encoding="utf-8")))
     for line, module in imports(tree):
         top = module.split(".")[0]
-        assert top in {*sys.stdlib_module_names, *ALLOWED, "resmoe_kernels"}, (
-            f"{path.name}:{line} imports {module}"
-        )
+        assert top in {*sys.stdlib_module_names, *ALLOWED, "resmoe_kernels"}, f"{path.name}:{line} imports {module}"
         # Only the lazy table of __init__ and the command line's entry point reach up.
         if module.startswith("resmoe_kernels.python_ops"):
             assert path.name in ("__init__.py", "__main__.py"), f"{path.name}:{line} imports {module}"
 
 
 def test_package_init_reaches_up_only_inside_functions():
-    tree = without_type_checking(
-        ast.parse((REPO / "resmoe_kernels" / "__init__.py").read_text(encoding="utf-8"))
-    )
+    tree = without_type_checking(ast.parse((REPO / "resmoe_kernels" / "__init__.py").read_text(encoding="utf-8")))
     inside = {line for function in functions_of(tree) for line, _ in imports(function)}
     for line, module in imports(tree):
-        assert line in inside or not module.startswith(("resmoe_kernels.python_ops", "torch")), (
-            f"line {line}: {module}"
-        )
+        assert line in inside or not module.startswith(("resmoe_kernels.python_ops", "torch")), f"line {line}: {module}"
 
 
 def includes(path: Path) -> list[str]:

@@ -25,11 +25,7 @@ numbers = st.integers(-3, 3)
 @st.composite
 def matrices(draw) -> Tensor:
     rows, width = draw(st.integers(1, 4)), draw(st.sampled_from(WIDTHS))
-    return (
-        torch.tensor(draw(st.lists(numbers, min_size=rows * width, max_size=rows * width)))
-        .view(rows, width)
-        .float()
-    )
+    return torch.tensor(draw(st.lists(numbers, min_size=rows * width, max_size=rows * width))).view(rows, width).float()
 
 
 def bits(mask: Tensor, width: int) -> list[list[int]]:
@@ -76,10 +72,7 @@ def test_bitmap_round_trip(dense, above):
     assert mask.dtype == torch.int32 and row_offsets.dtype == torch.int64
     assert bits(mask, dense.shape[1]) == [[c for c, k in enumerate(row) if k] for row in keep.tolist()]
     assert values.tolist() == [
-        v
-        for row, ks in zip(dense.tolist(), keep.tolist(), strict=True)
-        for v, k in zip(row, ks, strict=True)
-        if k
+        v for row, ks in zip(dense.tolist(), keep.tolist(), strict=True) for v, k in zip(row, ks, strict=True) if k
     ]
     assert row_offsets.diff().tolist() == keep.sum(1).tolist() and int(row_offsets[0]) == 0
     assert torch.equal(expand_sparse(mask, values, row_offsets, dense.shape[1]), dense * keep)
@@ -149,9 +142,7 @@ def test_expand_a_slice_of_a_larger_bitmap(backend, generator):
     mask, values, row_offsets = pack_bitmap(dense, torch.rand(dense.shape, generator=generator) < 0.3)
     assert int(row_offsets[4]) > 0
     part = [t.to(backend.device) for t in (mask[4:8], values, row_offsets[4:9])]
-    np.testing.assert_array_equal(
-        float64(expand_sparse(*part, 45)), expand(mask[4:8], values, row_offsets[4:9], 45)
-    )
+    np.testing.assert_array_equal(float64(expand_sparse(*part, 45)), expand(mask[4:8], values, row_offsets[4:9], 45))
 
 
 @pytest.mark.parametrize("layout", ["block", "bitmap"])
@@ -180,6 +171,4 @@ def test_expand_gradient(backend, generator, layout):
     dense = torch.randn((3, 37), generator=generator, dtype=torch.float64).to(backend.device)
     mask, values, *offsets = pack_block(dense, 8) if layout == "block" else pack_bitmap(dense, dense > 0.5)
     row_offsets = offsets[0] if offsets else None
-    assert torch.autograd.gradcheck(
-        lambda v: expand_sparse(mask, v, row_offsets, 37), values.requires_grad_()
-    )
+    assert torch.autograd.gradcheck(lambda v: expand_sparse(mask, v, row_offsets, 37), values.requires_grad_())
