@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -127,7 +129,7 @@ def inspect_checkpoint(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _inspect_layer(path: str, spec: dict[str, Any]) -> dict[str, Any]:
-    tensors, sizes, report = spec["tensors"], spec["sizes"], spec["report"]
+    tensors, sizes = spec["tensors"], spec["sizes"]
     parts = []
     if "base_gate_up" in tensors:
         parts.append(f"base x{tensors['base_gate_up']['shape'][0]}")
@@ -137,26 +139,33 @@ def _inspect_layer(path: str, spec: dict[str, Any]) -> dict[str, Any]:
     density = None
     if "mask_gate_up" in tensors:
         bitmap = "row_offsets_gate_up" in tensors
-        kept = sum(_count(tensors[f"values_{m}"]["shape"]) for m in ("gate_up", "down"))
-        rows = 3 if sizes["gated"] else 2
-        density = kept / (sizes["num_experts"] * rows * sizes["hidden_size"] * sizes["intermediate_size"])
+        density = sum(prod(tensors[f"values_{m}"]["shape"]) for m in ("gate_up", "down")) / _dense_count(sizes)
         parts.append("bitmap" if bitmap else f"block {tensors['values_gate_up']['shape'][-1]}:32")
     return {
         "path": path,
         "form": " + ".join(parts),
         "mean_rank": rank or None,
         "density": density,
-        "bytes_dense": report["bytes_dense"],
-        "bytes_now": report["bytes_now"],
-        "relative_error": report["relative_error"],
+        "bytes_dense": _dense_bytes(sizes, tensors),
+        "bytes_now": sum(_bytes(tensor) for tensor in tensors.values()),
+        "relative_error": spec["report"]["relative_error"],
     }
 
 
-def _count(shape: list[int]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
+def _bytes(tensor: dict[str, Any]) -> int:
+    return prod(tensor["shape"]) * getattr(torch, tensor["dtype"]).itemsize
+
+
+def _dense_count(sizes: dict[str, Any]) -> int:
+    return sizes["num_experts"] * (3 if sizes["gated"] else 2) * sizes["hidden_size"] * sizes["intermediate_size"]
+
+
+def _dense_bytes(sizes: dict[str, Any], tensors: dict[str, Any]) -> int:
+    """Of the dense layer in the dtype of the factors; biases are the same in both."""
+    width = max(
+        getattr(torch, t["dtype"]).itemsize for t in tensors.values() if getattr(torch, t["dtype"]).is_floating_point
+    )
+    return _dense_count(sizes) * width + sum(_bytes(t) for name, t in tensors.items() if name.startswith("bias"))
 
 
 def _print_inspection(rows: list[dict[str, Any]]) -> None:

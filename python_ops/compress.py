@@ -80,6 +80,9 @@ def compress(
     dense = _build_on_meta(source, trust_remote_code)
     chosen = select_layers(find_experts(dense), layers)
     reader = ModuleReader(source, dense)
+    files = [f"experts-{i:05d}.safetensors" for i in range(len(chosen))]
+    if taken := sorted(set(files) & set(source.shards)):
+        raise ValueError(f"{source.folder / taken[0]}: has the name of a file to be written; rename the shard")
     consumed = {n for experts in chosen for n in reader.names_on_disk(experts.path, experts.parameter_names)}
 
     with _work_in(workplace, job):
@@ -89,10 +92,10 @@ def compress(
         folder.mkdir(exist_ok=True)
         specs.mkdir(exist_ok=True)
         with tqdm(total=len(chosen), desc="compressing", unit="layer", disable=not progress) as bar:
-            for i, experts in enumerate(chosen):
-                file, spec = folder / f"experts-{i:05d}.safetensors", specs / f"{i:05d}.json"
-                if not file.is_file():
-                    _compress_module(reader, experts, partial(compress_layer, progress=bar.set_postfix_str), file, spec)
+            compress_layer = partial(compress_layer, progress=bar.set_postfix_str)
+            for experts, file in zip(chosen, files, strict=True):
+                if not (folder / file).is_file():
+                    _compress_module(reader, experts, compress_layer, folder / file, specs / f"{file}.json")
                 bar.update()
         _carry_over(source, consumed, folder, progress)
         _finish(source, job, sorted(specs.glob("*.json")), folder)

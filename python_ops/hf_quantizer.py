@@ -41,7 +41,7 @@ class ResMoEConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         **_: Any,
     ) -> None:
-        if format_version > FORMAT_VERSION:
+        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
             raise ValueError(
                 f"this checkpoint has resmoe format_version {format_version}, newer than the {FORMAT_VERSION} "
                 "this resmoe_kernels reads: upgrade resmoe_kernels"
@@ -71,9 +71,10 @@ class ResMoEQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        for path in self.quantization_config.layers:
+        for path, spec in self.quantization_config.layers.items():
             layer = model.get_submodule(path)
             layer.requires_grad_(False)  # the loader makes every floating-point parameter trainable
+            spec |= tensor_specs(layer.weights)  # the dtypes are those of this load, which a save must record
             try:
                 layer.weights.check_values()
             except ValueError as error:

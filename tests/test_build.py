@@ -155,8 +155,7 @@ def bitmap_row(**changed):
         ),
         (
             bitmap_row(mask=torch.tensor([[-1, 0]], dtype=torch.int32)),
-            "mask must have as many bits in a row as row_offsets gives it values, "
-            "got 32 bits and 3 values in row 0",
+            "mask must have as many bits in a row as row_offsets gives it values, got 32 bits and 3 values in row 0",
         ),
         (
             bitmap_row(row_offsets=torch.tensor([1, 4])),

@@ -453,6 +453,19 @@ def test_a_checkpoint_of_one_file_becomes_an_indexed_one(tmp_path):
 # ---- what is in the way
 
 
+def test_a_shard_of_the_name_of_a_file_to_be_written(model, tmp_path):
+    index = json.loads((model / INDEX).read_text())
+    shard = sorted(set(index["weight_map"].values()))[0]
+    (model / shard).rename(model / "experts-00001.safetensors")
+    index["weight_map"] = {
+        name: "experts-00001.safetensors" if file == shard else file for name, file in index["weight_map"].items()
+    }
+    (model / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"experts-00001\.safetensors: has the name of a file to be written; rename"):
+        rk.compress(model, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.unfinished").exists()
+
+
 def test_someone_elses_folder_of_the_workplaces_name(mixtral, tmp_path):
     (tmp_path / ".out.unfinished").mkdir()
     (tmp_path / ".out.unfinished" / "thesis.tex").write_text("years")

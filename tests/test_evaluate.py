@@ -40,9 +40,7 @@ class CharTokenizer:
         ids = [0] if add_special_tokens else []
         while text:
             merge = next((m for m in self.merges if text.startswith(m)), None)
-            ids.append(
-                self.vocab_size - 1 - self.merges.index(merge) if merge else ord(text[0]) % self.vocab_size
-            )
+            ids.append(self.vocab_size - 1 - self.merges.index(merge) if merge else ord(text[0]) % self.vocab_size)
             text = text[len(merge or "x") :]
         return {"input_ids": ids}
 
@@ -185,9 +183,7 @@ def test_perplexity_is_transformers_own_loss_over_strided_windows(model, tmp_pat
         if end == n:
             break
     text = write(tmp_path / "text.txt", passage(n))
-    got = evaluate(
-        model, CharTokenizer(), text=text, stride=stride, progress=False
-    )  # window: the model's own
+    got = evaluate(model, CharTokenizer(), text=text, stride=stride, progress=False)  # window: the model's own
     assert got["tokens"] == count
     assert got["nll_per_token"] == pytest.approx(total / count, rel=1e-5)
 
@@ -210,9 +206,7 @@ def test_models_without_logits_to_keep_give_the_same(model, tmp_path, monkeypatc
     monkeypatch.setattr(
         model,
         "forward",
-        lambda input_ids, attention_mask, use_cache: forward(
-            input_ids=input_ids, attention_mask=attention_mask
-        ),
+        lambda input_ids, attention_mask, use_cache: forward(input_ids=input_ids, attention_mask=attention_mask),
     )
     got = evaluate(model, CharTokenizer(), **files)
     for name in ("perplexity", "lambada_perplexity", "lambada_accuracy"):
@@ -251,9 +245,7 @@ def test_trained_model_on_real_text(trained):
     disjoint = evaluate(model, tokenizer, text=text, limit=600, stride=64, window=64, progress=False)
     strided = evaluate(model, tokenizer, text=text, limit=600, stride=64, window=256, progress=False)
     # One forward of transformers over the first 512 tokens: what the first window must give.
-    ids = torch.tensor(
-        [tokenizer(text.read_text(encoding="utf-8")[:4000], add_special_tokens=False)["input_ids"]]
-    )
+    ids = torch.tensor([tokenizer(text.read_text(encoding="utf-8")[:4000], add_special_tokens=False)["input_ids"]])
     with torch.no_grad():
         first = model(input_ids=ids[:, :512], labels=ids[:, :512]).loss.item()
     got = evaluate(model, tokenizer, text=text, limit=512, window=512, stride=500, progress=False)
@@ -522,21 +514,15 @@ def test_text_that_is_not_utf8_is_named(tmp_path):
 
 
 def test_a_continuation_without_a_context_token_is_refused():
-    with pytest.raises(
-        ValueError, match="here: no token ends before the continuation ' x'; it needs a context"
-    ):
+    with pytest.raises(ValueError, match="here: no token ends before the continuation ' x'; it needs a context"):
         module._row(CharTokenizer(merges=("b x",)), "b", " x", POSITIONS, "here")
 
 
 def test_models_that_are_not_causal_lms_are_refused(tmp_path):
     text = write(tmp_path / "text.txt", passage(20))
     small = {"vocab_size": 128, "d_model": 8, "d_ff": 8, "d_kv": 4, "num_heads": 2, "num_layers": 1}
-    with pytest.raises(
-        ValueError, match="must be decoder-only, T5ForConditionalGeneration is an encoder-dec"
-    ):
+    with pytest.raises(ValueError, match="must be decoder-only, T5ForConditionalGeneration is an encoder-dec"):
         evaluate(T5ForConditionalGeneration(T5Config(**small)), CharTokenizer(), text=text)
     config = tiny_mixtral(torch.float32).config
-    with pytest.raises(
-        ValueError, match="MixtralModel has no language-modelling head; load it with AutoModelFor"
-    ):
+    with pytest.raises(ValueError, match="MixtralModel has no language-modelling head; load it with AutoModelFor"):
         evaluate(MixtralModel(config), CharTokenizer(), text=text)

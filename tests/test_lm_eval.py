@@ -68,9 +68,7 @@ def check(results: dict, expected: dict[str, float]) -> None:
 
 
 def nll_and_accuracy(model: ResMoELM) -> tuple[float, float]:
-    requests = [
-        Instance("loglikelihood", row, (row["context"], row["word"]), i) for i, row in enumerate(ROWS)
-    ]
+    requests = [Instance("loglikelihood", row, (row["context"], row["word"]), i) for i, row in enumerate(ROWS)]
     scores = model.loglikelihood(requests, disable_tqdm=True)
     return -sum(logp for logp, _ in scores) / len(ROWS), sum(greedy for _, greedy in scores) / len(ROWS)
 
@@ -95,9 +93,7 @@ def test_a_factored_folder_is_loaded_as_one(tmp_path, rows):
 
 def test_simple_evaluate_of_a_loaded_model(expected):
     assert get_model("resmoe") is ResMoELM
-    task = ConfigurableTask(
-        config=TASK | {"custom_dataset": lambda: {"test": datasets.Dataset.from_list(ROWS)}}
-    )
+    task = ConfigurableTask(config=TASK | {"custom_dataset": lambda: {"test": datasets.Dataset.from_list(ROWS)}})
     model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
     model = ResMoELM(pretrained=model, tokenizer=str(FOLDER))
     check(lm_eval.simple_evaluate(model=model, tasks=[task], bootstrap_iters=0), expected)

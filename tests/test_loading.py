@@ -89,6 +89,16 @@ def test_the_dtype_asked_for_is_the_dtype_of_the_payload(factored):
     assert weights.mask_down.dtype == weights.group.dtype == torch.int32
 
 
+def test_saved_in_another_dtype_the_sizes_follow(factored, tmp_path):
+    from resmoe_kernels.python_ops.cli import inspect_checkpoint
+
+    AutoModelForCausalLM.from_pretrained(factored, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    halved = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    for before, after in zip(inspect_checkpoint(factored), inspect_checkpoint(tmp_path / "half"), strict=True):
+        assert after["bytes_dense"] * 2 == before["bytes_dense"]
+        assert after["bytes_now"] == halved.get_submodule(after["path"]).weights.nbytes() < before["bytes_now"]
+
+
 def test_a_format_from_the_future_is_refused(copy):
     config = json.loads((copy / "config.json").read_text())
     config["quantization_config"]["format_version"] = 2

@@ -248,8 +248,7 @@ def test_bitmap_keeps_exactly_the_largest_of_both_matrices(rows, columns, retain
     generator = torch.Generator().manual_seed(seed)
     # Small integers, so that there are ties and zeros.
     pair = tuple(
-        torch.randint(-4, 5, shape, generator=generator).float()
-        for shape in ((2 * columns, rows), (rows, columns))
+        torch.randint(-4, 5, shape, generator=generator).float() for shape in ((2 * columns, rows), (rows, columns))
     )
     tensors = bitmap(lambda e: pair, 2, retain=retain)
     largest = ranked(*pair)[: math.floor(retain * 3 * rows * columns)]
@@ -360,8 +359,7 @@ def test_a_result_no_smaller_than_dense_is_warned_of(caplog):
         _, report = resmoe(experts, retain=1.0)
     assert report.bytes_now >= report.bytes_dense
     assert [r.getMessage() for r in caplog.records] == [
-        f"resmoe: {report.bytes_now} bytes, not smaller than the dense layer's {report.bytes_dense};"
-        " lower retain"
+        f"resmoe: {report.bytes_now} bytes, not smaller than the dense layer's {report.bytes_dense}; lower retain"
     ]
 
 
