@@ -59,14 +59,14 @@ def experts(
             if weights.bias_gate_up is not None:
                 z = z + weights.bias_gate_up[e].to(compute)
             h = activate(z, activation, weights.gated) * pair_weight[pair]
-            weighted_h = weighted_h.index_add(0, row, h)
+            weighted_h.index_add_(0, row, h)
             y = _residual_product(weights, "down", e, h)
             if weights.bias_down is not None:
                 y = y + pair_weight[pair] * weights.bias_down[e].to(compute)
-            output = output.index_add(0, token, y)
+            output.index_add_(0, token, y)
         shared = _base_product(weights.base_down, group, weighted_h)
         if shared is not None:
-            output = output.index_add(0, group_tokens, shared)
+            output.index_add_(0, group_tokens, shared)
     return output.to(dtype)
 
 
