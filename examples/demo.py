@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="score only the first 2,048 tokens")
     arguments = parser.parse_args()
 
+    arguments.out.mkdir(parents=True, exist_ok=True)
     folders = {"dense": DENSE}
     for residual in ("lowrank", "sparse"):
         name = f"{residual} {RETAIN:g}"
