@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,7 +60,7 @@ def main() -> None:
     console.print(table)
     console.print("Bytes count everything stored: the shared base, the residuals and their indices.")
     for name, text in continuations.items():
-        console.print(f"[bold]{name}[/bold]: {PROMPT} … {text.strip()!r}", highlight=False)
+        console.print(f"[bold]{name}[/bold]: {PROMPT} … {escape(repr(text.strip()))}", highlight=False)
     console.print(f"The compressed models are in {arguments.out}", soft_wrap=True)
 
 
