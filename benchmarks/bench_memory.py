@@ -94,6 +94,8 @@ def main() -> None:
     if not dense.exists():
         make_checkpoint(dense, arguments.layers, arguments.intermediate)
     out = arguments.work / f"{dense.name}-{arguments.residual}"
+    if out.exists():
+        sys.exit(f"{out}: is there already, so there would be nothing to measure; remove it")
     command = [sys.executable, "-m", "resmoe_kernels", "compress", dense, out, "--residual", arguments.residual]
     start, peak, peak_anonymous = time.perf_counter(), 0, 0
     process = subprocess.Popen(list(map(str, command)))

@@ -66,9 +66,10 @@ class Checkpoint:
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder}: no such model folder (download a hub model first)")
         self.config = read_config(self.folder)
-        self.shards = {path.name: read_shard(path) for path in self._shard_paths()}
+        promised = self._promised()
+        self.shards = {path.name: read_shard(path) for path in self._shard_paths(promised)}
         self.shard_of = {name: shard for shard in self.shards.values() for name in shard.header}
-        for name, file in self._promised().items():
+        for name, file in promised.items():
             if name not in self.shards[file].header:
                 raise ValueError(f"{self.folder / file}: lacks {name}, which {INDEX} places there")
 
@@ -82,10 +83,9 @@ class Checkpoint:
             raise ValueError(f"{path}: weight_map must name a file of this folder for every tensor")
         return weight_map
 
-    def _shard_paths(self) -> list[Path]:
+    def _shard_paths(self, promised: dict[str, str]) -> list[Path]:
         if (self.folder / SINGLE).is_file():
             return [self.folder / SINGLE]
-        promised = self._promised()
         if promised:
             return [self.folder / file for file in sorted(set(promised.values()))]
         pickles = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in self.folder.glob(s))
@@ -258,8 +258,11 @@ def write_tensors(tensors: Mapping[str, Tensor], target: Path) -> None:
     from safetensors.torch import save_file
 
     part = part_name(target)
+    part.touch()
+    mode = part.stat().st_mode  # which safetensors would make 0600
     # One key: safetensors writes several in an order that differs from process to process.
     save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata={"format": "pt"})
+    part.chmod(mode)
     with part.open("rb+") as file:
         os.fsync(file.fileno())
     part.replace(target)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(
@@ -87,15 +88,13 @@ def eval_command(
     rows: dict[str, dict[str, float]] = {}
     for folder in models:
         model, tokenizer = _load(folder, trust_remote_code)
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 512
-        step = min(512, longest) if stride is None else stride
-        results = evaluate(model, tokenizer, text=text, lambada=lambada, piqa=piqa, stride=step, limit=limit)
+        results = evaluate(model, tokenizer, text=text, lambada=lambada, piqa=piqa, stride=stride, limit=limit)
         rows[str(folder)] = {"expert_bytes": expert_nbytes(model), **results}
         del model
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table("", *rows)
+    table = Table("", *map(escape, rows))
     for metric in next(iter(rows.values())):
         table.add_row(metric, *(_number(row[metric]) for row in rows.values()))
     _print(table)
@@ -119,13 +118,15 @@ def inspect_checkpoint(folder: str | Path) -> list[dict[str, Any]]:
     Read from config.json. Raises ValueError if the folder is not a whole factored checkpoint.
     """
     from resmoe_kernels.python_ops.checkpoint import Checkpoint
-    from resmoe_kernels.python_ops.hf_quantizer import QUANT_METHOD, ResMoEConfig
+    from resmoe_kernels.python_ops.hf_quantizer import QUANT_METHOD, ResMoEConfig, check_complete
 
     checkpoint = Checkpoint(folder)
     stored = checkpoint.config.get("quantization_config") or {}
     if stored.get("quant_method") != QUANT_METHOD:
         raise ValueError(f"{folder}: not a factored checkpoint (no quantization_config of method {QUANT_METHOD!r})")
-    return [_inspect_layer(path, spec) for path, spec in ResMoEConfig(**stored).layers.items()]
+    layers = ResMoEConfig(**stored).layers
+    check_complete(layers, checkpoint.shard_of)
+    return [_inspect_layer(path, spec) for path, spec in layers.items()]
 
 
 def _inspect_layer(path: str, spec: dict[str, Any]) -> dict[str, Any]:
@@ -173,7 +174,7 @@ def _print_inspection(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         rank, density = row["mean_rank"], row["density"]
         table.add_row(
-            row["path"],
+            escape(row["path"]),
             row["form"],
             "-" if rank is None else "/".join(f"{r:g}" for r in rank.values()),
             "-" if density is None else f"{density:.3f}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import json
 import os
 import shutil
@@ -70,12 +69,12 @@ def compress(
     source, target = Checkpoint(model), Path(out).resolve()
     job = {
         "source": _fingerprint(source),
-        "settings": {"method": method, "layers": layers, **_all_settings(compress_layer)},
+        "settings": {"method": method, "layers": layers, **compress_layer.keywords},
     }
     _check_place(source, target)
-    workplace = target.with_name(f".{target.name}.unfinished")
-    # Both: a run killed just before its end left the workplace, to be removed below.
-    if _is_done(target, job) and not workplace.exists():
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    # Both: a run killed just before its end left the unfinished, to be removed below.
+    if _is_done(target, job) and not unfinished.exists():
         return Path(out)
     dense = _build_on_meta(source, trust_remote_code)
     chosen = select_layers(find_experts(dense), layers)
@@ -85,29 +84,22 @@ def compress(
         raise ValueError(f"{source.folder / taken[0]}: has the name of a file to be written; rename the shard")
     consumed = {n for experts in chosen for n in reader.names_on_disk(experts.path, experts.parameter_names)}
 
-    with _work_in(workplace, job):
+    with _work_in(unfinished, job):
         if _is_done(target, job):  # another process was faster, or see above
             return Path(out)
-        folder, specs = workplace / "checkpoint", workplace / "layers"
+        folder, specs = unfinished / "checkpoint", unfinished / "layers"
         folder.mkdir(exist_ok=True)
         specs.mkdir(exist_ok=True)
+        _carry_over(source, consumed, folder, progress)  # first: what is wrong there should not cost the layers
         with tqdm(total=len(chosen), desc="compressing", unit="layer", disable=not progress) as bar:
             compress_layer = partial(compress_layer, progress=bar.set_postfix_str)
             for experts, file in zip(chosen, files, strict=True):
                 if not (folder / file).is_file():
                     _compress_module(reader, experts, compress_layer, folder / file, specs / f"{file}.json")
                 bar.update()
-        _carry_over(source, consumed, folder, progress)
         _finish(source, job, sorted(specs.glob("*.json")), folder)
         folder.rename(target)
     return Path(out)
-
-
-def _all_settings(compress_layer: partial) -> dict[str, Any]:
-    """A method's settings, defaults included, as JSON can hold them: what tells one job from another."""
-    parameters = inspect.signature(compress_layer).parameters.values()
-    settings = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "progress"}
-    return json.loads(json.dumps(settings, default=str))  # dtype is not JSON
 
 
 def _compress_module(reader: ModuleReader, experts: ExpertsModule, compress_layer, file: Path, spec: Path) -> None:
@@ -145,6 +137,8 @@ def _carry_over(source: Checkpoint, consumed: set[str], folder: Path, progress: 
 
 def _finish(source: Checkpoint, job: dict[str, Any], specs: list[Path], folder: Path) -> None:
     """Index and config, from what is on disk: a resumed job has not seen the layers of its first run."""
+    for stray in folder.glob(".*"):  # parts of files, ours and safetensors', from when the job was killed
+        stray.unlink()
     weight_map, total, layers = {}, 0, {}
     for path in sorted(folder.glob("*.safetensors")):
         shard = read_shard(path)
@@ -182,6 +176,8 @@ def _fingerprint(source: Checkpoint) -> str:
 def _check_place(source: Checkpoint, target: Path) -> None:
     if target.is_relative_to(source.folder.resolve()):
         raise ValueError(f"{target}: lies in the folder of the model to compress; choose a folder outside of it")
+    if target == Path.cwd() or target.is_mount():
+        raise ValueError(f"{target}: is the current folder or a mount, which cannot be replaced; choose a folder in it")
     if not target.parent.is_dir():
         raise ValueError(f"{target.parent}: no such folder to make {target.name} in; make it first")
 
@@ -206,53 +202,53 @@ def _is_done(target: Path, job: dict[str, Any]) -> bool:
     return True
 
 
-_LOCK, _JOB = "lock", "job.json"  # of the workplace: the first to come and the last to go
+_LOCK, _JOB = "lock", "job.json"  # of the unfinished: the first to come and the last to go
 
 
-def _is_empty(workplace: Path) -> bool:
+def _is_empty(unfinished: Path) -> bool:
     """Whether it holds nothing but what is there before job.json comes or after it goes."""
-    return workplace.is_dir() and set(workplace.iterdir()) <= {workplace / _LOCK, part_name(workplace / _JOB)}
+    return unfinished.is_dir() and set(unfinished.iterdir()) <= {unfinished / _LOCK, part_name(unfinished / _JOB)}
 
 
 @contextmanager
-def _work_in(workplace: Path, job: dict[str, Any]) -> Iterator[None]:
+def _work_in(unfinished: Path, job: dict[str, Any]) -> Iterator[None]:
     """Holds the folder where the checkpoint grows: made, or found again if it is this very job's.
 
     Removed at the end, and when the input turns out to be bad; left in place when the process is killed.
     """
-    described = workplace / _JOB
-    if workplace.exists() and not described.is_file() and not _is_empty(workplace):
-        raise ValueError(f"{workplace}: the work is done there, and it holds something else; move it away")
-    workplace.mkdir(exist_ok=True)
+    described = unfinished / _JOB
+    if unfinished.exists() and not described.is_file() and not _is_empty(unfinished):
+        raise ValueError(f"{unfinished}: the work is done there, and it holds something else; move it away")
+    unfinished.mkdir(exist_ok=True)
     with ExitStack() as stack:
         try:
-            stack.enter_context(FileLock(workplace / _LOCK).acquire(blocking=False))
+            stack.enter_context(FileLock(unfinished / _LOCK).acquire(blocking=False))
         except Timeout:
-            raise ValueError(f"{workplace}: another process is compressing into it; wait for it to end") from None
+            raise ValueError(f"{unfinished}: another process is compressing into it; wait for it to end") from None
         if not described.is_file():
             write_json(job, described)
         elif json.loads(described.read_text()) != job:
             raise ValueError(
-                f"{workplace}: holds an unfinished job with other settings or another model; "
+                f"{unfinished}: holds an unfinished job with other settings or another model; "
                 "run that command again to finish it, or remove the folder"
             )
         try:
             yield
         except ValueError:
-            _remove(workplace)
+            _remove(unfinished)
             raise
-        _remove(workplace)
+        _remove(unfinished)
 
 
-def _remove(workplace: Path) -> None:
+def _remove(unfinished: Path) -> None:
     # In this order, so that, killed anywhere, what is left says whose it is and tensors have their spec.
     for name in ("checkpoint", "layers"):
-        if (workplace / name).is_dir():
-            shutil.rmtree(workplace / name)
-    for path in (workplace / _JOB, part_name(workplace / _JOB), workplace / _LOCK):
+        if (unfinished / name).is_dir():
+            shutil.rmtree(unfinished / name)
+    for path in (unfinished / _JOB, part_name(unfinished / _JOB), unfinished / _LOCK):
         path.unlink(missing_ok=True)
     with suppress(OSError):  # a process that came for the lock just now; it removes the folder in turn
-        workplace.rmdir()
+        unfinished.rmdir()
 
 
 def _build_on_meta(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module:

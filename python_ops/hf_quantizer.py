@@ -2,21 +2,23 @@
 
 ``config.json`` of such a checkpoint holds, for every compressed layer, the names, shapes and dtypes of its tensors. It
 also asks for ``experts_implementation: "resmoe"``, a name that exists only once this module is imported: without it
-transformers would skip the unknown quantisation with a warning and return randomly initialised experts.
+transformers would skip the unknown quantisation with a warning and return randomly initialised experts. It still does
+where the package is not imported and the caller passes an ``experts_implementation`` of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from resmoe_kernels.factored import FactoredExperts
-from resmoe_kernels.python_ops.layer import FactoredExpertsLayer
+from resmoe_kernels.factored import TENSOR_NAMES, FactoredExperts
 from resmoe_kernels.python_ops.layouts import find_experts
 from resmoe_kernels.when_imported import when_imported
 
@@ -61,13 +63,20 @@ class ResMoEQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         _run_dense_layers_as_usual(model)
+        layers = self.quantization_config.layers
+        check_complete(layers, _names(kwargs.get("checkpoint_files") or []))
         modules = {experts.path: experts for experts in find_experts(model)}
-        for path, spec in self.quantization_config.layers.items():
-            if path not in modules:
+        prefix = f"{model.base_model_prefix}."
+        found = {}  # by the paths of this model, which may be a part or a whole of the one that was saved
+        for path, spec in layers.items():
+            here = next((p for p in (path, prefix + path, path.removeprefix(prefix)) if p in modules), None)
+            if here is None:
                 raise ValueError(
                     f"{path}: the checkpoint holds factored experts there, {type(model).__name__} has none"
                 )
-            modules[path].install(model, _empty_weights(spec, model.dtype))
+            modules[here].install(model, _empty_weights(spec, model.dtype))
+            found[here] = spec
+        self.quantization_config.layers = found
         return model
 
     def _process_model_after_weight_loading(self, model, **kwargs):
@@ -92,6 +101,23 @@ class ResMoEQuantizer(HfQuantizer):
     @property
     def is_compileable(self):
         return True
+
+
+def check_complete(layers: dict[str, Any], names: Iterable[str]) -> None:
+    """Raises ValueError unless a checkpoint's config describes as many factored tensors as its shards hold.
+
+    Otherwise transformers would leave experts at random values, with a warning. Counts, because saving may rename.
+    """
+    described = sum(len(spec["tensors"]) for spec in layers.values())
+    held = sum(1 for name in names if name.rpartition(".")[2] in TENSOR_NAMES)
+    if described != held or not layers:
+        raise ValueError(f"config.json describes {described} factored tensors, the shards hold {held}: compress again")
+
+
+def _names(files: Iterable[str]) -> Iterator[str]:
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            yield from file.keys()
 
 
 def tensor_specs(weights: FactoredExperts) -> dict[str, Any]:
@@ -137,4 +163,3 @@ def _make_name_known() -> None:
 
 
 when_imported("transformers.integrations.moe", _make_name_known)
-__all__ = ["FORMAT_VERSION", "QUANT_METHOD", "FactoredExpertsLayer", "ResMoEConfig", "ResMoEQuantizer"]

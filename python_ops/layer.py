@@ -14,6 +14,9 @@ class FactoredExpertsLayer(nn.Module):
 
     Its parameters are the tensors of FactoredExperts under their own names, frozen. ``activation`` is a name of
     resmoe_kernels.activations; it comes from the model's class, so a checkpoint does not store it.
+
+    ``from_pretrained`` checks the contents of the index tensors; whoever loads others into the parameters calls
+    ``layer.weights.check_values()``.
     """
 
     def __init__(self, weights: FactoredExperts, activation: str) -> None:
@@ -39,7 +42,7 @@ class FactoredExpertsLayer(nn.Module):
 
     def explain(self) -> str:
         """Which backend runs this layer, and why no faster one does."""
-        return explain(self.weights, self.activation)
+        return explain(self.weights)
 
     def extra_repr(self) -> str:
         parts = [f"E={self.num_experts}, H={self.hidden_size}, I={self.intermediate_size}", self.activation]
@@ -58,3 +61,19 @@ class OneHotExpertsLayer(FactoredExpertsLayer):
         chosen = selected_experts.argmax(-1)
         top_k_index = torch.where(selected_experts.sum(-1) > 0, chosen, -1)
         return super().forward(hidden_states, top_k_index, routing_weights)
+
+
+class SelfRoutedExpertsLayer(FactoredExpertsLayer):
+    """The same for a block that routes by itself and calls ``moe_infer``."""
+
+    def moe_infer(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+        """x (T, H); ids and weights (T, top_k), or flattened to (T top_k,) and (T top_k, 1) -> (T, H)."""
+        return self(x, expert_ids.reshape(len(x), -1), expert_weights.reshape(len(x), -1))
+
+    def __iter__(self):
+        raise ValueError(
+            "factored experts cannot be called one by one, as this block does in training: call model.eval()"
+        )
+
+    def __getitem__(self, index: int):
+        return iter(self)

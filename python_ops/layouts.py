@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from types import MethodType
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from resmoe_kernels.activations import POINTWISE, register_gate, registered_gate
 from resmoe_kernels.factored import DenseExperts, FactoredExperts
-from resmoe_kernels.python_ops.layer import FactoredExpertsLayer, OneHotExpertsLayer
+from resmoe_kernels.python_ops.layer import FactoredExpertsLayer, OneHotExpertsLayer, SelfRoutedExpertsLayer
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,11 @@ class ExpertsModule:
     @property
     def parameter_names(self) -> list[str]:
         return [name for name, _ in self.module.named_parameters()]
+
+    def _stack(self, parameters: Mapping[str, Tensor], name: str) -> Tensor | None:
+        """Of modules that hold one matrix per expert: those named by the pattern; None where there are none."""
+        names = [name.format(i) for i in range(len(self.module))]  # type: ignore[arg-type]
+        return torch.stack([parameters[n] for n in names]) if names[0] in parameters else None
 
 
 class StackedExperts(ExpertsModule):
@@ -122,13 +126,11 @@ class OneHotExperts(ExpertsModule):
         return list(module) == names and all(_linears(module[n]) == {"wi", "wo"} for n in names)
 
     def read(self, parameters: Mapping[str, Tensor]) -> DenseExperts:
-        def stack(name: str) -> Tensor | None:
-            found = [parameters.get(f"expert_{i}.{name}") for i in range(len(self.module))]  # type: ignore[arg-type]
-            return None if found[0] is None else torch.stack(found)  # type: ignore[arg-type]
-
-        first, down = stack("wi.weight"), stack("wo.weight")
+        first, down, bias_first, bias_down = (
+            self._stack(parameters, f"expert_{{}}.{name}") for name in ("wi.weight", "wo.weight", "wi.bias", "wo.bias")
+        )
         assert first is not None and down is not None
-        return DenseExperts(first, down, stack("wi.bias"), stack("wo.bias"), gated=False)
+        return DenseExperts(first, down, bias_first, bias_down, gated=False)
 
     def install(self, model: nn.Module, weights: FactoredExperts) -> FactoredExpertsLayer:
         layer = OneHotExpertsLayer(weights, self.activation)
@@ -158,32 +160,24 @@ class SelfRoutedExperts(ExpertsModule):
         )
 
     def read(self, parameters: Mapping[str, Tensor]) -> DenseExperts:
-        count = len(self.module)  # type: ignore[arg-type]
-
-        def stack(name: str) -> Tensor | None:
-            found = [parameters.get(f"{i}.{name}") for i in range(count)]
-            return None if found[0] is None else torch.stack(found)  # type: ignore[arg-type]
-
-        gate, up, down = (stack(f"{m}_proj.weight") for m in ("gate", "up", "down"))
+        gate, up, down, bias_gate, bias_up, bias_down = (
+            self._stack(parameters, f"{{}}.{m}_proj.{kind}")
+            for kind in ("weight", "bias")
+            for m in ("gate", "up", "down")
+        )
         assert gate is not None and up is not None and down is not None
-        biases = [stack(f"{m}_proj.bias") for m in ("gate", "up")]
-        bias = None if biases[0] is None or biases[1] is None else torch.cat([biases[0], biases[1]], dim=1)
-        return DenseExperts(torch.cat([gate, up], dim=1), down, bias, stack("down_proj.bias"))
+        bias = None if bias_gate is None or bias_up is None else torch.cat([bias_gate, bias_up], dim=1)
+        return DenseExperts(torch.cat([gate, up], dim=1), down, bias, bias_down)
 
     def install(self, model: nn.Module, weights: FactoredExperts) -> FactoredExpertsLayer:
-        layer = super().install(model, weights)
-        block = model.get_submodule(self.path.rpartition(".")[0])
-        block.moe_infer = MethodType(_moe_infer, block)  # type: ignore[assignment]
+        layer = SelfRoutedExpertsLayer(weights, self.activation)
+        model.set_submodule(self.path, layer)
+        model.get_submodule(self.path.rpartition(".")[0]).moe_infer = layer.moe_infer  # type: ignore[assignment]
         return layer
 
     @cached_property
     def activation(self) -> str:
         return _pointwise_name(self.module[0].act_fn, gated=True)  # type: ignore[index]
-
-
-def _moe_infer(block: nn.Module, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
-    """x (T, H); ids and weights (T, top_k), or flattened to (T top_k,) and (T top_k, 1) -> (T, H)."""
-    return block.experts(x, expert_ids.reshape(len(x), -1), expert_weights.reshape(len(x), -1))  # type: ignore[operator]
 
 
 LAYOUTS: tuple[type[ExpertsModule], ...] = (StackedExperts, OneHotExperts, SelfRoutedExperts)
@@ -194,6 +188,13 @@ def find_experts(model: nn.Module) -> list[ExpertsModule]:
 
     Raises ValueError naming module and reason if one of them is of a kind that is not covered, or if there is none.
     """
+    found = _find(model)
+    if not found:
+        raise ValueError(f"{type(model).__name__} holds no experts modules: nothing to compress")
+    return found
+
+
+def _find(model: nn.Module) -> list[ExpertsModule]:
     found: list[ExpertsModule] = []
     modules = dict(model.named_modules())
     for path, module in modules.items():
@@ -212,8 +213,6 @@ def find_experts(model: nn.Module) -> list[ExpertsModule]:
                 f"{path} ({type(module).__name__}) cannot be compressed: its layout is not one of those covered "
                 "(stacked 3-D parameters with layout flags, a one-hot ModuleDict, a ModuleList served by moe_infer)"
             )
-    if not found:
-        raise ValueError(f"{type(model).__name__} holds no experts modules: nothing to compress")
     return found
 
 
@@ -234,8 +233,8 @@ def select_layers(found: list[ExpertsModule], layers: str) -> list[ExpertsModule
             return found[:number] if end == "first" else found[-number:]
         chosen: set[int] = set()
         for part in layers.split(","):
-            start, _, stop = part.partition("-")
-            numbers = range(int(start), int(stop or start) + 1)
+            start, dash, stop = part.partition("-")
+            numbers = range(int(start), int(stop if dash else start) + 1)
             if not numbers or numbers[-1] >= len(found):
                 raise ValueError
             chosen.update(numbers)
@@ -245,8 +244,9 @@ def select_layers(found: list[ExpertsModule], layers: str) -> list[ExpertsModule
 
 
 def _looks_like_experts(path: str, module: nn.Module) -> bool:
-    named = path.rpartition(".")[2] == "experts" or "Experts" in type(module).__name__
-    return named and next(module.parameters(), None) is not None
+    name = path.rpartition(".")[2]
+    named = name == "experts" or "Experts" in type(module).__name__
+    return named and not name.startswith("shared") and next(module.parameters(), None) is not None
 
 
 def _linears(module: nn.Module) -> set[str]:
@@ -256,7 +256,7 @@ def _linears(module: nn.Module) -> set[str]:
 # ---- naming activations by what they compute
 
 # Wide enough to tell a clamped gate (limits of 7 to 10 are usual) from a plain one, fine enough for gelu's two forms.
-_PROBE = torch.cat([torch.linspace(-6, 6, 61), torch.tensor([-200.0, -30.0, 30.0, 200.0])])
+_PROBE = torch.tensor([i / 5 for i in range(-30, 31)] + [-200.0, -30.0, 30.0, 200.0], device="cpu")
 _GRID = torch.cartesian_prod(_PROBE, _PROBE)  # every pair of gate and up value
 
 
@@ -306,9 +306,6 @@ def _register(gate: Callable[[Tensor], Tensor], owner: Any, probe: Tensor) -> st
 
 def expert_nbytes(model: nn.Module) -> int:
     """Bytes of all expert weights of a model, factored (indices and base included) and dense ones together."""
-    factored = [m for m in model.modules() if isinstance(m, FactoredExpertsLayer)]
-    total = sum(layer.weights.nbytes() for layer in factored)
-    if not factored or any(layout.covers(m, None) for m in model.modules() for layout in LAYOUTS):
-        dense = [p for experts in find_experts(model) for p in experts.module.parameters()]
-        total += sum(p.numel() * p.element_size() for p in dense)
-    return total
+    factored = sum(m.weights.nbytes() for m in model.modules() if isinstance(m, FactoredExpertsLayer))
+    dense = [p for experts in _find(model) for p in experts.module.parameters()]
+    return factored + sum(p.numel() * p.element_size() for p in dense)

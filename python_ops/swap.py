@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -23,14 +24,18 @@ def swap_experts(
     layers: ``all``, ``first:N``, ``last:N`` or numbers like ``0,3,5-7``
     Returns the paths of the modules swapped; ``save_pretrained`` then writes a factored checkpoint.
     Raises ValueError before anything is changed: an experts module is not covered (named, with the reason), there is
-    none, a setting is wrong, a weight is NaN or Inf.
+    none, a setting is wrong, the model is quantised, a weight is NaN or Inf.
     """
     compress_layer = method_function(method, settings)
+    before = getattr(getattr(model, "config", None), "quantization_config", None)
+    if before is not None and not isinstance(before, ResMoEConfig):
+        raise ValueError(f"{type(model).__name__}: holds quantised weights; start from an unquantised model")
     chosen = select_layers(find_experts(model), layers)
     for experts in chosen:
         for name, parameter in experts.module.named_parameters():
             check_finite(f"{experts.path}.{name}", parameter)
-    specs = {}
+    specs: dict[str, Any] = {} if before is None else dict(before.layers)  # of an earlier swap
+    swapped = []
     with tqdm(total=len(chosen), desc="compressing", unit="layer", disable=not progress) as bar:
         while chosen:
             experts = chosen.pop(0)
@@ -38,8 +43,9 @@ def swap_experts(
             weights, report = compress_layer(experts.read(parameters), progress=bar.set_postfix_str)
             experts.install(model, weights)
             specs[experts.path] = {**tensor_specs(weights), "report": dataclasses.asdict(report)}
+            swapped.append(experts.path)
             bar.update()
     if hasattr(model, "config"):
-        config = ResMoEConfig(layers=specs, settings={"method": method, "layers": layers, **settings})
+        config = ResMoEConfig(layers=specs, settings={"method": method, "layers": layers, **compress_layer.keywords})
         mark_as_factored(model, ResMoEQuantizer(config, pre_quantized=True))
-    return list(specs)
+    return swapped

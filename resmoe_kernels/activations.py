@@ -39,7 +39,10 @@ def registered_gate(name: str) -> Callable[[Tensor], Tensor] | None:
 def check_activation(name: str) -> None:
     """Raises ValueError, listing the known names, unless ``name`` is one of them."""
     if name not in POINTWISE and name not in _GATES:
-        raise ValueError(f"activation: {name!r} is not known; known are {', '.join([*POINTWISE, *_GATES])}")
+        raise ValueError(
+            f"activation: {name!r} is not known; known are {', '.join([*POINTWISE, *_GATES])}; "
+            "a model's own gate is known once that model is loaded or swapped"
+        )
 
 
 def activate(z: Tensor, name: str, gated: bool) -> Tensor:

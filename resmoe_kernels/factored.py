@@ -20,7 +20,6 @@ from resmoe_kernels.sparse import BLOCK, expand_sparse_reference, popcount
 MATRICES = ("gate_up", "down")
 FACTORIZATIONS = ("stacked", "separate", "joint")
 BLOCK_KEPT = (4, 8, 12, 16)  # n of 32; above 16 the bitmap is smaller
-INDEX_PARTS = ("group", "rank_offsets", "mask", "row_offsets")
 
 
 @dataclass(frozen=True, eq=False)

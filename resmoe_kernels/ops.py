@@ -65,7 +65,7 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def explain(weights: FactoredExperts, activation: str = "silu") -> str:
+def explain(weights: FactoredExperts) -> str:
     """One line per op of a layer: which backend runs it where the layer lives, and why no faster one does."""
     device = next(iter(weights.tensors().values())).device.type
     lines = []
@@ -79,7 +79,6 @@ def explain(weights: FactoredExperts, activation: str = "silu") -> str:
             lines.append(f"resmoe::{op} on {device}: reference (no compiled kernel for {device} is built)")
     if weights.factorization != "stacked":
         lines.append(f"factorization {weights.factorization!r} is served by the reference only")
-    check_activation(activation)
     return "\n".join(lines)
 
 

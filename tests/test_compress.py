@@ -193,7 +193,7 @@ def test_killed_anywhere(small, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     kills, published, refused, made = (int(word) for word in done.stdout.split())
     assert kills > 30  # two layers, a shard, an index and three files are begun, written and named
-    assert published > 3  # killed after the last name, while the workplace is removed
+    assert published > 3  # killed after the last name, while the unfinished is removed
     assert refused > 10 and made > 3
 
 
@@ -267,18 +267,10 @@ def test_defaults_given_are_the_same_job(mixtral, tmp_path, request):
     rk.compress(mixtral, tmp_path / "out", retain=0.25, residual="lowrank", solver="assignment", progress=False)
 
 
-def test_a_dtype_is_a_setting(mixtral, tmp_path):
-    out = rk.compress(mixtral, tmp_path / "out", dtype=torch.float16, progress=False)
-    assert load_file(out / "experts-00000.safetensors")["model.layers.0.mlp.experts.base_down"].dtype == torch.float16
-    assert rk.compress(mixtral, tmp_path / "out", dtype=torch.float16, progress=False) == out
-    with pytest.raises(ValueError, match=r"out: holds a factored checkpoint made with other settings"):
-        rk.compress(mixtral, tmp_path / "out", dtype=torch.bfloat16, progress=False)
-
-
 def test_a_second_process_is_refused(mixtral, tmp_path):
-    workplace = tmp_path / ".out.unfinished"
-    workplace.mkdir()
-    with FileLock(workplace / "lock"):
+    unfinished = tmp_path / ".out.unfinished"
+    unfinished.mkdir()
+    with FileLock(unfinished / "lock"):
         before = tree(tmp_path)
         with pytest.raises(
             ValueError, match=r"\.out\.unfinished: another process is compressing into it; wait"
@@ -450,7 +442,45 @@ def test_a_checkpoint_of_one_file_becomes_an_indexed_one(tmp_path):
     ]
 
 
+def test_files_have_the_mode_of_files(mixtral, tmp_path):
+    out = rk.compress(mixtral, tmp_path / "out", progress=False)
+    (tmp_path / "plain").touch()
+    assert {path.stat().st_mode for path in out.iterdir() if path.is_file()} == {(tmp_path / "plain").stat().st_mode}
+
+
+def test_what_a_killed_writer_left_is_not_kept(mixtral, tmp_path, monkeypatch):
+    """safetensors writes to a hidden file of its own beside the one asked for."""
+    with monkeypatch.context() as patched:
+        patched.setattr("resmoe_kernels.python_ops.compress._finish", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            rk.compress(mixtral, tmp_path / "out", progress=False)
+    (tmp_path / ".out.unfinished" / "checkpoint" / ".tmpAbC123").write_bytes(b"half a shard")
+    out = rk.compress(mixtral, tmp_path / "out", progress=False)
+    assert not list(out.glob(".*"))
+
+
+def test_bad_weights_beside_the_experts_are_found_before_the_work(model, tmp_path, monkeypatch):
+    shard = next(p for p in sorted(model.glob("*.safetensors")) if "model.norm.weight" in load_file(p))
+    tensors = load_file(shard)
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, shard, metadata={"format": "pt"})
+    monkeypatch.setattr("resmoe_kernels.python_ops.compress._compress_module", _interrupt)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight: all weights must be finite"):
+        rk.compress(model, tmp_path / "out", progress=False)
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
+
+
 # ---- what is in the way
+
+
+def test_the_current_folder_cannot_be_replaced(mixtral, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match=r"here: is the current folder or a mount, which cannot be replaced; choose"):
+        rk.compress(mixtral, ".", progress=False)
 
 
 def test_a_shard_of_the_name_of_a_file_to_be_written(model, tmp_path):
@@ -466,7 +496,7 @@ def test_a_shard_of_the_name_of_a_file_to_be_written(model, tmp_path):
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.unfinished").exists()
 
 
-def test_someone_elses_folder_of_the_workplaces_name(mixtral, tmp_path):
+def test_someone_elses_folder_of_the_unfinisheds_name(mixtral, tmp_path):
     (tmp_path / ".out.unfinished").mkdir()
     (tmp_path / ".out.unfinished" / "thesis.tex").write_text("years")
     before = tree(tmp_path)

@@ -13,7 +13,7 @@ from pathlib import Path
 import families
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import resmoe_kernels as rk
 from resmoe_kernels.python_ops.layer import FactoredExpertsLayer
@@ -105,6 +105,33 @@ def test_a_format_from_the_future_is_refused(copy):
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="format_version 2, newer than the 1 this resmoe_kernels reads: upgrade"):
         AutoModelForCausalLM.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("damage", ["one layer gone", "all layers gone"])
+def test_a_config_that_describes_less_than_the_shards_hold_is_refused(copy, damage):
+    from resmoe_kernels.python_ops.cli import inspect_checkpoint
+
+    config = json.loads((copy / "config.json").read_text())
+    layers = config["quantization_config"]["layers"]
+    layers.pop("model.layers.1.mlp.experts") if damage == "one layer gone" else layers.clear()
+    (copy / "config.json").write_text(json.dumps(config))
+    message = r"config\.json describes \d+ factored tensors, the shards hold 14: compress again"
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(copy)
+    with pytest.raises(ValueError, match=message):
+        inspect_checkpoint(copy)
+
+
+def test_the_model_without_its_head_loads_and_saves(factored, tmp_path):
+    whole = AutoModelForCausalLM.from_pretrained(factored)
+    part = AutoModel.from_pretrained(factored)
+    ids = torch.arange(10).view(1, 10)
+    with torch.no_grad():
+        assert torch.equal(part(ids).last_hidden_state, whole.model(ids).last_hidden_state)
+    whole.model.save_pretrained(tmp_path / "part")
+    again = AutoModel.from_pretrained(tmp_path / "part")
+    with torch.no_grad():
+        assert torch.equal(again(ids).last_hidden_state, whole.model(ids).last_hidden_state)
 
 
 def test_factored_layers_for_modules_the_model_lacks_are_refused(copy):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import families
 import pytest
 import torch
@@ -13,7 +16,7 @@ from torch.nn import Parameter
 import resmoe_kernels as rk
 from resmoe_kernels.activations import POINTWISE, activate
 from resmoe_kernels.python_ops.layer import FactoredExpertsLayer
-from resmoe_kernels.python_ops.layouts import SelfRoutedExperts, StackedExperts, select_layers
+from resmoe_kernels.python_ops.layouts import SelfRoutedExperts, StackedExperts, expert_nbytes, select_layers
 
 # ---- the older style: a block that routes by itself over a ModuleList of MLPs
 
@@ -78,6 +81,29 @@ def test_a_block_that_routes_by_itself(flat, bias):
     assert rk.swap_experts(model, retain=1.0, progress=False) == ["layers.0.experts", "layers.1.experts"]
     assert isinstance(model.layers[1].experts, FactoredExpertsLayer)
     torch.testing.assert_close(model(x), dense, rtol=0, atol=2e-6)
+
+
+def test_such_a_block_survives_copies_and_refuses_to_train():
+    torch.manual_seed(0)
+    model, x = Model(flat=True), torch.randn(2, 5, 16)
+    rk.swap_experts(model, progress=False)
+    expected = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+    with pytest.raises(
+        ValueError, match=r"cannot be called one by one, as this block does in training: call model\.eval"
+    ):
+        list(model.layers[0].experts)
+    with pytest.raises(ValueError, match=r"cannot be called one by one"):
+        model.layers[0].experts[0]
+
+
+def test_bytes_of_a_partly_compressed_model_count_its_dense_layers():
+    model = Model(flat=True)
+    whole = expert_nbytes(model)
+    rk.swap_experts(model, layers="0", progress=False)
+    factored = model.layers[0].experts.weights.nbytes()
+    assert expert_nbytes(model) == factored + whole // 2
 
 
 def test_without_moe_infer_a_module_list_is_refused():
@@ -179,7 +205,34 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_changes(value):
     assert not any(isinstance(m, FactoredExpertsLayer) for m in model.modules())
 
 
+def test_a_model_quantised_by_another_method_is_refused():
+    model = holder(Stacked())
+    model.config = transformers.MixtralConfig()
+    model.config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(ValueError, match=r"^Module: holds quantised weights; start from an unquantised model"):
+        rk.swap_experts(model)
+
+
+def test_a_shared_expert_beside_the_routed_ones_is_left_alone():
+    class SomeSharedExperts(MLP):
+        pass
+
+    model = holder(Stacked())
+    model.shared_experts = SomeSharedExperts(16, 24, False)
+    assert rk.swap_experts(model, progress=False) == ["experts"]
+
+
 # ---- layers
+
+
+def test_a_second_swap_adds_to_the_first(tmp_path):
+    model = families.build("mixtral")
+    assert rk.swap_experts(model, layers="last:1", progress=False) == ["model.layers.1.mlp.experts"]
+    assert rk.swap_experts(model, residual="sparse", progress=False) == ["model.layers.0.mlp.experts"]
+    model.save_pretrained(tmp_path)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(families.logits(loaded), families.logits(model))
 
 
 def test_layer_selection():
@@ -188,7 +241,7 @@ def test_layer_selection():
     assert [f.path for f in select_layers(found, "first:2")] == ["0", "1"]
     assert [f.path for f in select_layers(found, "last:3")] == ["5", "6", "7"]
     assert [f.path for f in select_layers(found, "6,0-2")] == ["0", "1", "2", "6"]
-    for wrong in ("", "some", "last:", "last:0", "first:-1", "8", "0-8", "3-1", "1,,2", "-1"):
+    for wrong in ("", "some", "last:", "last:0", "first:-1", "8", "0-8", "3-1", "3-", "-3", "1,,2", "-1"):
         with pytest.raises(ValueError, match="layers: must be"):
             select_layers(found, wrong)
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from resmoe_kernels.factored import FACTORIZATIONS, MATRICES, DenseExperts, FactoredExperts
 from resmoe_kernels.python_ops.align import (
+    INITS,
+    SOLVERS,
     Progress,
     barycenter,
     design_matrix,
@@ -59,12 +61,11 @@ def resmoe(
     sparse_layout: str = "block",
     init: str = "first",
     solver: str = "assignment",
-    dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> tuple[FactoredExperts, Report]:
     """Compresses a layer of experts to a shared base and one residual each.
 
-        B, pi = barycenter(W)          neurons matched across experts, B their mean, rounded to ``dtype``
+        B, pi = barycenter(W)          neurons matched across experts, B their mean, in the experts' dtype
         Delta_e = W_e[pi_e] - B        against the rounded base, so that its rounding is not lost
         W_e[pi_e] ~ B + U_e V_e        residual="lowrank", see low_rank for ``factorization``
         W_e[pi_e] ~ B + S_e            residual="sparse", see block and bitmap for ``sparse_layout``
@@ -72,11 +73,11 @@ def resmoe(
     An expert does not change when its neurons are permuted, so nothing is permuted back. Biases move with
     their neurons and keep their values. No data is needed and the router stays as it is.
 
-    experts: the layer, in any floating-point type; worked on one expert at a time in float32
+    experts: the layer, in any floating-point type, which base and residual keep; worked on one expert at a
+        time in float32
     retain: the part of the residual's parameters to keep, in (0, 1]. The base and indices come on top: the
         report has the sizes. The block layout rounds it down to 4, 8, 12 or 16 of 32, and up to 4
     init, solver: see barycenter
-    dtype: of base and residual; None for the experts' own
     progress: called with a short phrase after every step
 
     Raises ValueError naming the argument, what it may be and what came. Warns where the result is no smaller.
@@ -84,14 +85,8 @@ def resmoe(
     that kernels serve, are the defaults where the paper has ``joint`` and ``bitmap``; ranks follow the energy
     instead of being one number; the residual is taken against the base as stored.
     """
-    _check_known("residual", residual, RESIDUALS)
-    _check_known("factorization", factorization, FACTORIZATIONS)
-    _check_known("sparse_layout", sparse_layout, SPARSE_LAYOUTS)
-    if not 0 < retain <= 1:
-        raise ValueError(f"retain: must be in (0, 1], got {retain}")
-    kept = block_kept(retain) if (residual, sparse_layout) == ("sparse", "block") else 0
-    dtype = dtype or experts.gate_up.dtype
-    count = experts.num_experts
+    check_settings(residual, retain, factorization, sparse_layout, init, solver)
+    dtype, count = experts.gate_up.dtype, experts.num_experts
 
     aligned = barycenter(experts, init=init, solver=solver, progress=progress)
     base_gate_up, base_down = (m.to(dtype) for m in split_design(aligned.center, experts)[:2])
@@ -112,7 +107,7 @@ def resmoe(
     elif sparse_layout == "bitmap":
         tensors = bitmap(residual_of, count, retain=retain, dtype=dtype)
     else:
-        tensors = block(residual_of, count, kept=kept, dtype=dtype)
+        tensors = block(residual_of, count, kept=block_kept(retain), dtype=dtype)
 
     factored = FactoredExperts(
         num_experts=count,
@@ -152,6 +147,21 @@ def resmoe(
             report.bytes_dense,
         )
     return factored, report
+
+
+def check_settings(
+    residual: str, retain: float, factorization: str, sparse_layout: str, init: str, solver: str
+) -> None:
+    """Raises what ``resmoe`` would raise for its settings, before there are experts to compress."""
+    _check_known("residual", residual, RESIDUALS)
+    _check_known("factorization", factorization, FACTORIZATIONS)
+    _check_known("sparse_layout", sparse_layout, SPARSE_LAYOUTS)
+    _check_known("init", init, INITS)
+    _check_known("solver", solver, SOLVERS)
+    if not 0 < retain <= 1:
+        raise ValueError(f"retain: must be in (0, 1], got {retain}")
+    if (residual, sparse_layout) == ("sparse", "block"):
+        block_kept(retain)
 
 
 def _check_known(argument: str, value: str, known: tuple[str, ...]) -> None:
