@@ -25,16 +25,16 @@ demo: setup
 
 test: ctest pytest
 
-ctest:
-	cmake -S . -B build/cmake
-	cmake --build build/cmake
-	ctest --test-dir build/cmake --output-on-failure
+ctest: setup
+	$(BIN)/cmake -S . -B build/cmake
+	$(BIN)/cmake --build build/cmake
+	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
 # The C++ tests again, with every read out of bounds and every undefined operation an error.
-sanitize:
-	cmake -S . -B build/sanitize -DRESMOE_SANITIZE=address,undefined
-	cmake --build build/sanitize
-	ctest --test-dir build/sanitize --output-on-failure
+sanitize: setup
+	$(BIN)/cmake -S . -B build/sanitize -DRESMOE_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/sanitize
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
 
 # One thread each: with two, busy cores make OpenMP wait on itself (72 tests took 56 s instead of 7 s).
 pytest: setup

@@ -69,6 +69,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         mamba_dt_rank=4,
         **_FEW,
     ),
+    # transposed, and shared experts in a class of nearly the same name
+    "aria": _config("AriaTextConfig", intermediate_size=24, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
     # interleaved, transposed, biased, and a clamped gate of its own
     "gpt_oss": _config(
         "GptOssConfig", head_dim=8, intermediate_size=24, num_local_experts=4, sliding_window=16, **_FEW
