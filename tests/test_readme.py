@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from resmoe_kernels.python_ops.cli import app
+import resmoe_kernels as rk
+from resmoe_kernels.python_ops.cli import app, inspect_checkpoint
 
 REPO = Path(__file__).parent.parent
 README = (REPO / "README.md").read_text()
@@ -26,6 +27,15 @@ def test_the_python_example_runs(tmp_path):
     assert result.returncode == 0, result.stderr
     assert float(re.search(r"'perplexity': ([\d.]+)", result.stdout)[1]) < 4096  # better than guessing among all tokens
     assert (tmp_path / "tiny-mixtral-lowrank" / "config.json").is_file()
+
+
+def test_the_demo_table_is_there_and_its_bytes_are_true(tmp_path):
+    rows = dict(re.findall(r"^\| (dense|lowrank 0\.25|sparse 0\.25) \| ([\d,]+) \|", README, re.MULTILINE))
+    for residual in ("lowrank", "sparse"):
+        out = rk.compress(REPO / "examples" / "tiny-mixtral", tmp_path / residual, residual=residual, progress=False)
+        layers = inspect_checkpoint(out)
+        assert rows["dense"] == f"{sum(layer['bytes_dense'] for layer in layers):,}"
+        assert rows[f"{residual} 0.25"] == f"{sum(layer['bytes_now'] for layer in layers):,}"
 
 
 COMMANDS = [shlex.split(line.split("#")[0]) for line in README.splitlines() if line.startswith("    resmoe ")]
