@@ -224,3 +224,5 @@ def test_a_model_that_brings_its_own_code(remote_model, tmp_path):
     ids = torch.arange(20).view(2, 10)
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, dense(ids).logits, rtol=0, atol=2e-6)
+    with pytest.raises(ValueError, match=r"cannot be called one by one, as this block does in training"):
+        loaded.train()(ids)

@@ -34,7 +34,14 @@ class SelfRoutedBlock(nn.Module):
         shape = hidden_states.shape
         x = hidden_states.reshape(-1, shape[-1])
         weights, ids = self.gate(x).softmax(-1).topk(self.num_experts_per_tok, dim=-1)
-        y = self.moe_infer(x, ids.reshape(-1), weights.reshape(-1, 1))
+        if self.training:
+            y = torch.zeros_like(x)
+            for slot in range(self.num_experts_per_tok):
+                for e, expert in enumerate(self.experts):
+                    rows = (ids[:, slot] == e).nonzero().squeeze(1)
+                    y = y.index_add(0, rows, expert(x[rows]) * weights[rows, slot, None])
+        else:
+            y = self.moe_infer(x, ids.reshape(-1), weights.reshape(-1, 1))
         return y.view(shape) + self.shared_experts(hidden_states)
 
     @torch.no_grad()
