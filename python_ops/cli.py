@@ -8,7 +8,6 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -130,43 +129,34 @@ def inspect_checkpoint(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _inspect_layer(path: str, spec: dict[str, Any]) -> dict[str, Any]:
-    tensors, sizes = spec["tensors"], spec["sizes"]
+    from resmoe_kernels.factored import MATRICES
+    from resmoe_kernels.python_ops.hf_quantizer import described_weights
+
+    weights = described_weights(spec)
+    tensors = weights.tensors()
+    dense_count = weights.num_experts * sum(prod(weights.rows_columns(m)) for m in MATRICES)
     parts = []
-    if "base_gate_up" in tensors:
-        parts.append(f"base x{tensors['base_gate_up']['shape'][0]}")
-    rank = {m: tensors[f"u_{m}"]["shape"][0] / sizes["num_experts"] for m in ("gate_up", "down") if f"u_{m}" in tensors}
+    if weights.base_gate_up is not None:
+        parts.append(f"base x{len(weights.base_gate_up)}")
+    rank = {m: len(tensors[f"u_{m}"]) / weights.num_experts for m in MATRICES if f"u_{m}" in tensors}
     if rank:
-        parts.append(f"low rank ({sizes['factorization']})")
+        parts.append(f"low rank ({weights.factorization})")
     density = None
-    if "mask_gate_up" in tensors:
-        bitmap = "row_offsets_gate_up" in tensors
-        density = sum(prod(tensors[f"values_{m}"]["shape"]) for m in ("gate_up", "down")) / _dense_count(sizes)
-        parts.append("bitmap" if bitmap else f"block {tensors['values_gate_up']['shape'][-1]}:32")
+    if weights.values_gate_up is not None:
+        density = sum(tensors[f"values_{m}"].numel() for m in MATRICES) / dense_count
+        bitmap = weights.row_offsets_gate_up is not None
+        parts.append("bitmap" if bitmap else f"block {weights.values_gate_up.shape[-1]}:32")
+    # The dense layer in the dtype of the factors; biases are the same in both.
+    width = max(t.element_size() for t in tensors.values() if t.is_floating_point())
     return {
         "path": path,
         "form": " + ".join(parts),
         "mean_rank": rank or None,
         "density": density,
-        "bytes_dense": _dense_bytes(sizes, tensors),
-        "bytes_now": sum(_bytes(tensor) for tensor in tensors.values()),
+        "bytes_dense": dense_count * width + weights.nbytes_by_part()["bias"],
+        "bytes_now": weights.nbytes(),
         "relative_error": spec["report"]["relative_error"],
     }
-
-
-def _bytes(tensor: dict[str, Any]) -> int:
-    return prod(tensor["shape"]) * getattr(torch, tensor["dtype"]).itemsize
-
-
-def _dense_count(sizes: dict[str, Any]) -> int:
-    return sizes["num_experts"] * (3 if sizes["gated"] else 2) * sizes["hidden_size"] * sizes["intermediate_size"]
-
-
-def _dense_bytes(sizes: dict[str, Any], tensors: dict[str, Any]) -> int:
-    """Of the dense layer in the dtype of the factors; biases are the same in both."""
-    width = max(
-        getattr(torch, t["dtype"]).itemsize for t in tensors.values() if getattr(torch, t["dtype"]).is_floating_point
-    )
-    return _dense_count(sizes) * width + sum(_bytes(t) for name, t in tensors.items() if name.startswith("bias"))
 
 
 def _print_inspection(rows: list[dict[str, Any]]) -> None:

@@ -73,7 +73,7 @@ def compress(
     }
     _check_place(source, target)
     unfinished = target.with_name(f".{target.name}.unfinished")
-    # Both: a run killed just before its end left the unfinished, to be removed below.
+    # Both: a run killed just before its end left its folder, to be removed below.
     if _is_done(target, job) and not unfinished.exists():
         return Path(out)
     dense = _build_on_meta(source, trust_remote_code)
@@ -202,7 +202,7 @@ def _is_done(target: Path, job: dict[str, Any]) -> bool:
     return True
 
 
-_LOCK, _JOB = "lock", "job.json"  # of the unfinished: the first to come and the last to go
+_LOCK, _JOB = "lock", "job.json"  # of the unfinished folder: the first to come and the last to go
 
 
 def _is_empty(unfinished: Path) -> bool:

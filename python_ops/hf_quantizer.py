@@ -74,7 +74,7 @@ class ResMoEQuantizer(HfQuantizer):
                 raise ValueError(
                     f"{path}: the checkpoint holds factored experts there, {type(model).__name__} has none"
                 )
-            modules[here].install(model, _empty_weights(spec, model.dtype))
+            modules[here].install(model, described_weights(spec, model.dtype))
             found[here] = spec
         self.quantization_config.layers = found
         return model
@@ -138,12 +138,13 @@ def mark_as_factored(model: nn.Module, quantizer: HfQuantizer) -> None:
     model.config.experts_implementation = QUANT_METHOD  # type: ignore[union-attr]
 
 
-def _empty_weights(spec: dict[str, Any], dtype: torch.dtype) -> FactoredExperts:
-    """On meta; floating-point tensors in the dtype the model is loaded in, indices in their own."""
+def described_weights(spec: dict[str, Any], dtype: torch.dtype | None = None) -> FactoredExperts:
+    """The layer that config.json describes, on meta; floating point in ``dtype`` where given, else as stored."""
     tensors = {}
     for name, tensor in spec["tensors"].items():
         stored = getattr(torch, tensor["dtype"])
-        tensors[name] = torch.empty(tensor["shape"], dtype=dtype if stored.is_floating_point else stored, device="meta")
+        wanted = dtype if dtype is not None and stored.is_floating_point else stored
+        tensors[name] = torch.empty(tensor["shape"], dtype=wanted, device="meta")
     return FactoredExperts.from_tensors(tensors, **spec["sizes"])
 
 

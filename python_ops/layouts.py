@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ class ExpertsModule:
 
     path: str
     module: nn.Module
+    layer_class: ClassVar[type[FactoredExpertsLayer]] = FactoredExpertsLayer  # what takes the module's place
 
     @classmethod
     def covers(cls, module: nn.Module, parent: nn.Module | None) -> bool:
@@ -45,7 +46,7 @@ class ExpertsModule:
 
     def install(self, model: nn.Module, weights: FactoredExperts) -> FactoredExpertsLayer:
         """Puts the factored layer in the module's place and returns it."""
-        layer = FactoredExpertsLayer(weights, self.activation)
+        layer = self.layer_class(weights, self.activation)
         model.set_submodule(self.path, layer)
         return layer
 
@@ -118,6 +119,8 @@ class StackedExperts(ExpertsModule):
 class OneHotExperts(ExpertsModule):
     """Switch Transformers: ``ModuleDict`` of ``expert_<i>``, each with linears ``wi`` and ``wo`` and no gate."""
 
+    layer_class = OneHotExpertsLayer
+
     @classmethod
     def covers(cls, module: nn.Module, parent: nn.Module | None) -> bool:
         if not isinstance(module, nn.ModuleDict) or not len(module):
@@ -133,8 +136,7 @@ class OneHotExperts(ExpertsModule):
         return DenseExperts(first, down, bias_first, bias_down, gated=False)
 
     def install(self, model: nn.Module, weights: FactoredExperts) -> FactoredExpertsLayer:
-        layer = OneHotExpertsLayer(weights, self.activation)
-        model.set_submodule(self.path, layer)
+        layer = super().install(model, weights)
         # from_pretrained initialises what has no weights yet block by block, and this block would reach for experts
         # by their old names. Nothing of its own is left to initialise: router and experts are modules below it.
         model.get_submodule(self.path.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
@@ -148,6 +150,8 @@ class OneHotExperts(ExpertsModule):
 class SelfRoutedExperts(ExpertsModule):
     """deepseek-moe-16b's own code and its heirs: ``experts`` is a ModuleList of gated MLPs, and the block around it
     hands tokens and routing to its method ``moe_infer(x, expert ids, expert weights)``, which is replaced."""
+
+    layer_class = SelfRoutedExpertsLayer
 
     @classmethod
     def covers(cls, module: nn.Module, parent: nn.Module | None) -> bool:
@@ -170,8 +174,7 @@ class SelfRoutedExperts(ExpertsModule):
         return DenseExperts(torch.cat([gate, up], dim=1), down, bias, bias_down)
 
     def install(self, model: nn.Module, weights: FactoredExperts) -> FactoredExpertsLayer:
-        layer = SelfRoutedExpertsLayer(weights, self.activation)
-        model.set_submodule(self.path, layer)
+        layer = super().install(model, weights)
         model.get_submodule(self.path.rpartition(".")[0]).moe_infer = layer.moe_infer  # type: ignore[assignment]
         return layer
 

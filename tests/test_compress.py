@@ -193,7 +193,7 @@ def test_killed_anywhere(small, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     kills, published, refused, made = (int(word) for word in done.stdout.split())
     assert kills > 30  # two layers, a shard, an index and three files are begun, written and named
-    assert published > 3  # killed after the last name, while the unfinished is removed
+    assert published > 3  # killed after the last name, while the unfinished folder is removed
     assert refused > 10 and made > 3
 
 
@@ -496,7 +496,7 @@ def test_a_shard_of_the_name_of_a_file_to_be_written(model, tmp_path):
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.unfinished").exists()
 
 
-def test_someone_elses_folder_of_the_unfinisheds_name(mixtral, tmp_path):
+def test_someone_elses_folder_of_the_name_of_the_unfinished_one(mixtral, tmp_path):
     (tmp_path / ".out.unfinished").mkdir()
     (tmp_path / ".out.unfinished" / "thesis.tex").write_text("years")
     before = tree(tmp_path)
