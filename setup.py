@@ -27,8 +27,8 @@ class BuildKernels(build_ext):
 # No PyInit symbol: torch.ops.load_library loads it, after libtorch_cpu is there, so it needs no rpath either.
 kernels = Extension(
     "resmoe_kernels._C",
-    sources=["csrc/bindings.cpp", "csrc/cpu/sparse.cpp"],
-    depends=["csrc/sparse.h"],
+    sources=["csrc/bindings.cpp", "csrc/cpu/packed.cpp", "csrc/cpu/packed_sparse.cpp", "csrc/cpu/sparse.cpp"],
+    depends=["csrc/cpu/packed_parts.h", "csrc/packed.h", "csrc/sparse.h"],
     # The stable ABI of torch 2.10: an extension built against any later torch also loads in 2.10 and after.
     define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
     extra_compile_args=["-std=c++20", "-O3", "-fvisibility=hidden"],

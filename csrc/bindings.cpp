@@ -1,16 +1,25 @@
 // The only file that knows torch, through its stable ABI: one build serves every torch from 2.10 on.
 // Schemas, fakes and the reference are Python's (resmoe_kernels/ops.py); here are only implementations.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <functional>
 #include <mutex>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
+#include "cpu/isa.h"
+#include "experts.h"
+#include "packed.h"
 #include "sparse.h"
 
 namespace {
@@ -25,7 +34,7 @@ using torch::stable::Tensor;
 template <typename... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
   std::ostringstream sentence;
-  (sentence << "expand_sparse: " << ... << parts);
+  (sentence << ... << parts);
   throw std::invalid_argument(sentence.str());
 }
 
@@ -38,6 +47,8 @@ std::string shown(const Tensor& tensor) {
        << (tensor.is_contiguous() ? "" : ", not contiguous");
   return text.str();
 }
+
+// ---- expand_sparse
 
 // Runs kernel(begin, end) over all rows on torch's threads and returns the fault of the lowest row, so that a
 // message does not depend on the number of threads. Kernels report faults and do not throw: no exception may
@@ -88,29 +99,31 @@ int64_t offset_at(const Tensor& row_offsets, int64_t row) {
 }
 
 Tensor expand_sparse(Tensor mask, Tensor values, std::optional<Tensor> row_offsets, int64_t width) {
-  if (width < 0) refuse("width must be at least 0, got ", width);
+  if (width < 0) refuse("expand_sparse: width must be at least 0, got ", width);
   const int64_t words = width / 32 + (width % 32 != 0);
   if (mask.dim() != 2 || mask.size(1) != words || mask.scalar_type() != ScalarType::Int ||
       !mask.is_contiguous())
-    refuse("mask must be (N, ", words, ") contiguous int32 for width ", width, ", got ", shown(mask));
+    refuse("expand_sparse: mask must be (N, ", words, ") contiguous int32 for width ", width, ", got ",
+           shown(mask));
   const int64_t rows = mask.size(0);
 
   const ScalarType dtype = values.scalar_type();
   if (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half && dtype != ScalarType::Float &&
       dtype != ScalarType::Double)
-    refuse("values must be bfloat16, float16, float32 or float64, got ", shown(values));
+    refuse("expand_sparse: values must be bfloat16, float16, float32 or float64, got ", shown(values));
   if (row_offsets) {
     if (values.dim() != 1 || !values.is_contiguous())
-      refuse("values must be (nnz,) contiguous where row_offsets are given, got ", shown(values));
+      refuse("expand_sparse: values must be (nnz,) contiguous where row_offsets are given, got ",
+             shown(values));
     const ScalarType offset_dtype = row_offsets->scalar_type();
     if (row_offsets->dim() != 1 || row_offsets->size(0) != rows + 1 || !row_offsets->is_contiguous() ||
         (offset_dtype != ScalarType::Int && offset_dtype != ScalarType::Long))
-      refuse("row_offsets must be (", rows + 1,
+      refuse("expand_sparse: row_offsets must be (", rows + 1,
              ",) contiguous int32 or int64, one more than mask has rows, got ", shown(*row_offsets));
   } else if (values.dim() != 3 || values.size(0) != rows || values.size(1) != words ||
              !values.is_contiguous()) {
-    refuse("values must be (", rows, ", ", words, ", n) contiguous where row_offsets is None, got ",
-           shown(values));
+    refuse("expand_sparse: values must be (", rows, ", ", words,
+           ", n) contiguous where row_offsets is None, got ", shown(values));
   }
 
   const Tensor dense = torch::stable::empty({rows, width}, dtype, std::nullopt, values.device());
@@ -122,22 +135,286 @@ Tensor expand_sparse(Tensor mask, Tensor values, std::optional<Tensor> row_offse
     case SparseRule::ok:
       break;
     case SparseRule::bits_below_width:
-      refuse("mask must have no bit at or past column ", width, ", the width, got one in row ", fault.row);
-    case SparseRule::bits_fit_word:
-      refuse("mask must have at most ", values.size(2), " bits in a word, the places values has for it, got ",
-             fault.bits, " in row ", fault.row);
-    case SparseRule::bits_fit_row:
-      refuse("mask must have as many bits in a row as row_offsets gives it values, got ", fault.bits,
-             " bits and ", offset_at(*row_offsets, fault.row + 1) - offset_at(*row_offsets, fault.row),
-             " values in row ", fault.row);
-    case SparseRule::offsets_in_values:
-      refuse("row_offsets must ascend within 0 and ", values.size(0), ", the length of values, got ",
-             offset_at(*row_offsets, fault.row), " and ", offset_at(*row_offsets, fault.row + 1), " for row ",
+      refuse("expand_sparse: mask must have no bit at or past column ", width, ", the width, got one in row ",
              fault.row);
+    case SparseRule::bits_fit_word:
+      refuse("expand_sparse: mask must have at most ", values.size(2),
+             " bits in a word, the places values has for it, got ", fault.bits, " in row ", fault.row);
+    case SparseRule::bits_fit_row:
+      refuse("expand_sparse: mask must have as many bits in a row as row_offsets gives it values, got ",
+             fault.bits, " bits and ",
+             offset_at(*row_offsets, fault.row + 1) - offset_at(*row_offsets, fault.row), " values in row ",
+             fault.row);
+    case SparseRule::offsets_in_values:
+      refuse("expand_sparse: row_offsets must ascend within 0 and ", values.size(0),
+             ", the length of values, got ", offset_at(*row_offsets, fault.row), " and ",
+             offset_at(*row_offsets, fault.row + 1), " for row ", fault.row);
   }
   return dense;
 }
 
+// ---- pack and unpack: the weight form of resmoe_kernels/factored.py to one block, and back
+
+using resmoe::Dtype;
+using resmoe::Factored;
+using resmoe::FactoredMatrix;
+using OptionalTensor = std::optional<Tensor>;
+
+void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& body) {
+  torch::stable::parallel_for(0, count, 1, body);
+}
+
+// Tensors of the weight form, as `pack` takes them and `unpack` returns them.
+struct Taker {
+  ScalarType dtype;
+
+  // The address of a tensor that must have this shape and type; null where it is not there.
+  const void* operator()(const std::string& name, const OptionalTensor& tensor,
+                         const std::vector<int64_t>& shape, ScalarType wanted) const {
+    if (!tensor) return nullptr;
+    bool fits = tensor->dim() == static_cast<int64_t>(shape.size()) && tensor->scalar_type() == wanted;
+    for (size_t d = 0; fits && d < shape.size(); ++d)
+      fits = tensor->size(static_cast<int64_t>(d)) == shape[d];
+    if (!fits || !tensor->is_contiguous()) {
+      std::ostringstream text;
+      for (size_t d = 0; d < shape.size(); ++d) text << (d == 0 ? "" : ", ") << shape[d];
+      refuse("pack: ", name, " must be (", text.str(), shape.size() == 1 ? ",) " : ") ",
+             torch::headeronly::toString(wanted), " contiguous, got ", shown(*tensor));
+    }
+    return tensor->const_data_ptr();
+  }
+
+  const void* operator()(const std::string& name, const OptionalTensor& tensor,
+                         const std::vector<int64_t>& shape) const {
+    return (*this)(name, tensor, shape, dtype);
+  }
+};
+
+int64_t side(const OptionalTensor& tensor, int64_t d) {  // 0 where there is none: the shape check tells
+  return tensor && d < tensor->dim() ? tensor->size(d) : 0;
+}
+
+Dtype dtype_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    case ScalarType::Half:
+      return Dtype::float16;
+    case ScalarType::Float:
+      return Dtype::float32;
+    default:
+      refuse("pack: weights must be bfloat16, float16 or float32, got ", torch::headeronly::toString(dtype));
+  }
+}
+
+// Weights are streamed, and in a virtual machine each new 4 KiB page costs a walk through two page tables: decoding
+// read 35 GB/s from small pages and 57 GB/s from huge ones (AMD EPYC, 2 threads). Must come before the first write.
+void advise_huge_pages([[maybe_unused]] void* block, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t page = 4096;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(block) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(block) + static_cast<uintptr_t>(bytes)) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only a wish: may fail
+#endif
+}
+
+ScalarType scalar_type_of(Dtype dtype) {
+  return dtype == Dtype::bfloat16  ? ScalarType::BFloat16
+         : dtype == Dtype::float16 ? ScalarType::Half
+                                   : ScalarType::Float;
+}
+
+Tensor pack(OptionalTensor group, OptionalTensor base_gate_up, OptionalTensor base_down,
+            OptionalTensor u_gate_up, OptionalTensor v_gate_up, OptionalTensor rank_offsets_gate_up,
+            OptionalTensor u_down, OptionalTensor v_down, OptionalTensor rank_offsets_down,
+            OptionalTensor mask_gate_up, OptionalTensor values_gate_up, OptionalTensor row_offsets_gate_up,
+            OptionalTensor mask_down, OptionalTensor values_down, OptionalTensor row_offsets_down,
+            OptionalTensor bias_gate_up, OptionalTensor bias_down, int64_t num_experts, int64_t hidden_size,
+            int64_t intermediate_size, bool gated, std::string factorization) {
+  if (num_experts < 1 || hidden_size < 1 || intermediate_size < 1)
+    refuse("pack: num_experts, hidden_size and intermediate_size must be at least 1, got ", num_experts, ", ",
+           hidden_size, " and ", intermediate_size);
+  if (factorization != "stacked")
+    refuse("pack: factorization must be 'stacked', got '", factorization, "'; the reference runs the others");
+  const OptionalTensor* floats[] = {&base_gate_up, &base_down,      &u_gate_up,   &v_gate_up,    &u_down,
+                                    &v_down,       &values_gate_up, &values_down, &bias_gate_up, &bias_down};
+  const auto* first =
+      std::find_if(std::begin(floats), std::end(floats), [](const auto* t) { return t->has_value(); });
+  if (first == std::end(floats)) refuse("pack: there must be a base, a low-rank or a sparse part, got none");
+  const Taker take{(*first)->value().scalar_type()};
+
+  Factored<const void> from;
+  from.dtype = dtype_of(take.dtype);
+  from.experts = num_experts, from.hidden = hidden_size, from.intermediate = intermediate_size;
+  from.gated = gated;
+  from.groups = side(base_gate_up, 0);
+  if (group.has_value() != base_gate_up.has_value() || group.has_value() != base_down.has_value())
+    refuse("pack: group, base_gate_up and base_down must be given together");
+  from.group = take("group", group, {num_experts}, ScalarType::Int);
+
+  const auto matrix =
+      [&](bool down, const std::string& name, const OptionalTensor& base, const OptionalTensor& u,
+          const OptionalTensor& v, const OptionalTensor& rank_offsets, const OptionalTensor& mask,
+          const OptionalTensor& values, const OptionalTensor& row_offsets, const OptionalTensor& bias) {
+        const int64_t rows = from.rows(down), columns = from.columns(down),
+                      words = columns / 32 + (columns % 32 != 0);
+        if (u.has_value() != v.has_value() || u.has_value() != rank_offsets.has_value())
+          refuse("pack: u_", name, ", v_", name, " and rank_offsets_", name, " must be given together");
+        if (mask.has_value() != values.has_value() || (row_offsets && !mask))
+          refuse("pack: mask_", name, " and values_", name, " must be given together, and row_offsets_", name,
+                 " only with them");
+        FactoredMatrix<const void> f;
+        f.ranks = side(u, 0);
+        f.base = take("base_" + name, base, {from.groups, rows, columns});
+        f.u = take("u_" + name, u, {f.ranks, rows});
+        f.v = take("v_" + name, v, {f.ranks, columns});
+        f.rank_offsets = take("rank_offsets_" + name, rank_offsets, {num_experts + 1}, ScalarType::Int);
+        f.mask = take("mask_" + name, mask, {num_experts, rows, words}, ScalarType::Int);
+        if (row_offsets) {
+          const bool narrow = row_offsets->scalar_type() == ScalarType::Int;
+          f.row_offset_size = narrow ? 4 : 8;
+          f.row_offsets = take("row_offsets_" + name, row_offsets, {num_experts * rows + 1},
+                               narrow ? ScalarType::Int : ScalarType::Long);
+          f.nnz = side(values, 0);
+          f.values = take("values_" + name, values, {f.nnz});
+        } else if (values) {
+          f.block_kept = side(values, 3);
+          f.values = take("values_" + name, values, {num_experts, rows, words, f.block_kept});
+          if (f.block_kept < 1 || f.block_kept > 32)
+            refuse("pack: values_", name, " must keep 1 to 32 of 32 columns, got ", f.block_kept);
+        }
+        f.bias = take("bias_" + name, bias, {num_experts, rows});
+        return f;
+      };
+  from.gate_up = matrix(false, "gate_up", base_gate_up, u_gate_up, v_gate_up, rank_offsets_gate_up,
+                        mask_gate_up, values_gate_up, row_offsets_gate_up, bias_gate_up);
+  from.down = matrix(true, "down", base_down, u_down, v_down, rank_offsets_down, mask_down, values_down,
+                     row_offsets_down, bias_down);
+
+  // A tensor of its own, so the allocator's 64 bytes are its alignment.
+  const Tensor packed = torch::stable::empty({resmoe::packed_bytes(from)}, ScalarType::Byte);
+  advise_huge_pages(packed.mutable_data_ptr(), packed.size(0));
+  resmoe::pack(from, packed.mutable_data_ptr(), parallel_for);
+  return packed;
+}
+
+const resmoe::PackedHeader& header_of(const Tensor& packed) {
+  if (packed.dim() != 1 || packed.scalar_type() != ScalarType::Byte || !packed.is_contiguous())
+    refuse("packed: must be (bytes,) contiguous Byte, got ", shown(packed),
+           "; make it with PackedExperts.pack");
+  return resmoe::check_packed(packed.const_data_ptr(), packed.size(0));
+}
+
+// The tensors that were packed, their names, and num_experts, hidden_size, intermediate_size, gated.
+std::tuple<std::vector<Tensor>, std::vector<std::string>, std::vector<int64_t>> unpack(Tensor packed) {
+  header_of(packed);
+  const Factored<const void> sizes = resmoe::packed_sizes(packed.const_data_ptr());
+  const ScalarType dtype = scalar_type_of(sizes.dtype);
+  std::vector<Tensor> tensors;
+  std::vector<std::string> names;
+  const auto make = [&](const std::string& name, const std::vector<int64_t>& shape, ScalarType of) {
+    names.push_back(name);
+    tensors.push_back(torch::stable::empty(shape, of));
+    return tensors.back().mutable_data_ptr();
+  };
+
+  Factored<void> to;
+  to.experts = sizes.experts, to.hidden = sizes.hidden, to.intermediate = sizes.intermediate;
+  to.groups = sizes.groups, to.dtype = sizes.dtype, to.gated = sizes.gated;
+  if (sizes.group != nullptr) to.group = make("group", {to.experts}, ScalarType::Int);
+  for (const bool down : {false, true}) {
+    const FactoredMatrix<const void>& from = down ? sizes.down : sizes.gate_up;
+    FactoredMatrix<void>& f = down ? to.down : to.gate_up;
+    const std::string name = down ? "down" : "gate_up";
+    const int64_t rows = to.rows(down), columns = to.columns(down),
+                  words = columns / 32 + (columns % 32 != 0);
+    f.ranks = from.ranks, f.nnz = from.nnz;
+    f.block_kept = from.block_kept, f.row_offset_size = from.row_offset_size;
+    if (sizes.group != nullptr) f.base = make("base_" + name, {to.groups, rows, columns}, dtype);
+    if (from.rank_offsets != nullptr) {
+      f.u = make("u_" + name, {f.ranks, rows}, dtype);
+      f.v = make("v_" + name, {f.ranks, columns}, dtype);
+      f.rank_offsets = make("rank_offsets_" + name, {to.experts + 1}, ScalarType::Int);
+    }
+    if (from.mask != nullptr) {
+      f.mask = make("mask_" + name, {to.experts, rows, words}, ScalarType::Int);
+      f.values = f.block_kept != 0 ? make("values_" + name, {to.experts, rows, words, f.block_kept}, dtype)
+                                   : make("values_" + name, {f.nnz}, dtype);
+      if (f.block_kept == 0)
+        f.row_offsets = make("row_offsets_" + name, {to.experts * rows + 1},
+                             f.row_offset_size == 4 ? ScalarType::Int : ScalarType::Long);
+    }
+    if (from.bias != nullptr) f.bias = make("bias_" + name, {to.experts, rows}, dtype);
+  }
+  resmoe::unpack(packed.const_data_ptr(), to, parallel_for);
+  return {tensors, names, {to.experts, to.hidden, to.intermediate, to.gated ? 1 : 0}};
+}
+
+// ---- the expert layer
+
+resmoe::Activation activation_of(const std::string& name) {
+  using resmoe::Activation;
+  constexpr std::pair<const char*, Activation> known[] = {
+      {"silu", Activation::silu}, {"gelu", Activation::gelu},   {"gelu_tanh", Activation::gelu_tanh},
+      {"relu", Activation::relu}, {"relu2", Activation::relu2}, {"identity", Activation::identity}};
+  for (const auto& [its_name, activation] : known)
+    if (name == its_name) return activation;
+  refuse("experts: activation must be silu, gelu, gelu_tanh, relu, relu2 or identity, got '", name, "'");
+}
+
+const void* packed_block(const Tensor& packed) {
+  if (packed.dim() != 1 || packed.scalar_type() != ScalarType::Byte || !packed.is_contiguous())
+    refuse("experts: packed must be (bytes,) contiguous uint8, as pack returns it, got ", shown(packed));
+  return packed.const_data_ptr();
+}
+
+Tensor experts_packed(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor packed, int64_t hidden_size,
+                      std::string activation) {
+  const resmoe::PackedHeader& layer = resmoe::check_packed(packed_block(packed), packed.numel());
+  const ScalarType dtype = x.scalar_type();
+  if (x.dim() != 2 || x.size(1) != layer.hidden || hidden_size != layer.hidden ||
+      (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half && dtype != ScalarType::Float))
+    refuse("experts: x must be (T, ", layer.hidden, ") bfloat16, float16 or float32, got ", shown(x));
+  const ScalarType index_dtype = top_k_index.scalar_type();
+  if (top_k_index.dim() != 2 || top_k_index.size(0) != x.size(0) ||
+      (index_dtype != ScalarType::Int && index_dtype != ScalarType::Long))
+    refuse("experts: top_k_index must be (", x.size(0), ", top_k) int32 or int64, got ", shown(top_k_index));
+  if (top_k_weights.dim() != 2 || top_k_weights.size(0) != x.size(0) ||
+      top_k_weights.size(1) != top_k_index.size(1))
+    refuse("experts: top_k_weights must be (", x.size(0), ", ", top_k_index.size(1), "), got ", shown(top_k_weights));
+
+  if (x.stride(1) != 1 || x.stride(0) < x.size(1)) x = torch::stable::contiguous(x);
+  top_k_index = torch::stable::contiguous(top_k_index);
+  if (top_k_weights.scalar_type() != ScalarType::Float) top_k_weights = torch::stable::to(top_k_weights, ScalarType::Float);
+  top_k_weights = torch::stable::contiguous(top_k_weights);
+  const Tensor y = torch::stable::empty({x.size(0), x.size(1)}, dtype, std::nullopt, x.device());
+
+  const resmoe::Isa isa = resmoe::chosen();
+  const resmoe::Kernels* kernels = nullptr;
+  if (dtype == ScalarType::BFloat16) kernels = resmoe::kernels(isa, layer.dtype, resmoe::Operand::bfloat16);
+  if (kernels == nullptr) kernels = resmoe::kernels(isa, layer.dtype, resmoe::Operand::float32);
+  resmoe::experts_packed(
+      layer,
+      {x.const_data_ptr(), x.stride(0), dtype_of(dtype), top_k_index.const_data_ptr(),
+       index_dtype == ScalarType::Long, static_cast<const float*>(top_k_weights.const_data_ptr()), x.size(0),
+       top_k_index.size(1), activation_of(activation), y.mutable_data_ptr()},
+      *kernels, torch::stable::get_num_threads(), [](int64_t participants, void (*body)(void*), void* context) {
+        torch::stable::parallel_for(0, participants, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) body(context);
+        });
+      });
+  return y;
+}
+
+std::string cpu_isa() { return resmoe::name(resmoe::chosen()); }
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(resmoe, CPU, m) { m.impl("expand_sparse", TORCH_BOX(&expand_sparse)); }
+STABLE_TORCH_LIBRARY_IMPL(resmoe, CPU, m) {
+  m.impl("expand_sparse", TORCH_BOX(&expand_sparse));
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("unpack", TORCH_BOX(&unpack));
+  m.impl("experts_packed", TORCH_BOX(&experts_packed));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resmoe, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }

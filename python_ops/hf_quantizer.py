@@ -83,9 +83,10 @@ class ResMoEQuantizer(HfQuantizer):
         for path, spec in self.quantization_config.layers.items():
             layer = model.get_submodule(path)
             layer.requires_grad_(False)  # the loader makes every floating-point parameter trainable
-            spec |= tensor_specs(layer.weights)  # the dtypes are those of this load, which a save must record
+            spec |= tensor_specs(layer.form)  # the dtypes are those of this load, which a save must record
             try:
-                layer.weights.check_values()
+                if not layer.pack():  # which checks the same
+                    layer.weights.check_values()
             except ValueError as error:
                 raise ValueError(f"{path}.{error}") from None
         mark_as_factored(model, self)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from resmoe_kernels.factored import SIZE_NAMES, TENSOR_NAMES, FactoredExperts
-from resmoe_kernels.ops import experts_flat, explain
+from resmoe_kernels.ops import backends, experts_flat, experts_packed, explain
+from resmoe_kernels.packed import PackedExperts, declines
 
 
 class FactoredExpertsLayer(nn.Module):
@@ -15,8 +18,14 @@ class FactoredExpertsLayer(nn.Module):
     Its parameters are the tensors of FactoredExperts under their own names, frozen. ``activation`` is a name of
     resmoe_kernels.activations; it comes from the model's class, so a checkpoint does not store it.
 
-    ``from_pretrained`` checks the contents of the index tensors; whoever loads others into the parameters calls
-    ``layer.weights.check_values()``.
+    On the CPU, ``pack`` replaces their contents by a block in the order the kernels read; ``from_pretrained`` and
+    ``swap_experts`` do so. The parameters of a packed layer are on the meta device: they still say names, shapes,
+    dtypes and numbers of parameters, and reading them fails. ``state_dict`` and ``weights`` give the contents, as
+    copies: a whole model's ``state_dict`` needs memory for a second model. ``load_state_dict`` and ``to`` work as
+    ever, one layer unpacked at a time.
+
+    ``from_pretrained`` and ``pack`` check the contents of the index tensors; whoever loads others into the parameters
+    of a layer that is not packed calls ``layer.weights.check_values()``.
     """
 
     def __init__(self, weights: FactoredExperts, activation: str) -> None:
@@ -24,30 +33,98 @@ class FactoredExpertsLayer(nn.Module):
         for name, value in weights.sizes().items():
             setattr(self, name, value)
         self.activation = activation
+        self.packed: PackedExperts | None = None
+        self._packs = False  # once packed, packed again after each move
+        self._set_parameters(weights)
+
+    def _set_parameters(self, weights: FactoredExperts) -> None:
         for name in TENSOR_NAMES:
             tensor = getattr(weights, name)
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
 
     @property
-    def weights(self) -> FactoredExperts:
-        """The layer's weights as a value; shares memory with the parameters."""
+    def form(self) -> FactoredExperts:
+        """The layer's parameters as a value: of a packed layer, without contents."""
         tensors = {name: p.data for name in TENSOR_NAMES if (p := self._parameters[name]) is not None}
         return FactoredExperts.from_tensors(tensors, **{name: getattr(self, name) for name in SIZE_NAMES})
 
+    @property
+    def weights(self) -> FactoredExperts:
+        """The layer's weights as a value; shares memory with the parameters, of a packed layer a copy."""
+        return self.form if self.packed is None else self.packed.unpack()
+
+    # ---- packing
+
+    def pack(self) -> bool:
+        """Packs the weights if they are on the CPU and its kernels are built and serve them; returns whether they are.
+
+        Raises ValueError, as ``check_values`` does, if the contents of the index tensors are wrong.
+        """
+        if self.packed is not None:
+            return True
+        weights = self.form
+        on_cpu = all(t.device.type == "cpu" for t in weights.tensors().values())
+        if on_cpu and "cpu" in backends() and declines(weights, self.activation) is None:
+            self.packed = PackedExperts.pack(weights)
+            self._packs = True
+            self._set_parameters(self.packed.form)
+        return self.packed is not None
+
+    def unpack(self) -> None:
+        """Gives the parameters their contents back."""
+        if self.packed is not None:
+            self._set_parameters(self.packed.unpack())
+            self.packed = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        if self.packed is not None:
+            sample = torch.empty(1, dtype=_payload_dtype(self.packed.form))
+            if fn(sample) is sample:  # to where and what it already is: every to("cpu") would pack all layers anew
+                return self
+            self.unpack()
+        super()._apply(fn, recurse)
+        if self._packs:
+            self.pack()
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        if self.packed is None:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        for name, tensor in self.weights.tensors().items():
+            destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        packed = self.packed is not None
+        self.unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+        if packed:
+            self.pack()
+
+    # ---- running
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (T, H), top_k_index (T, top_k) int, top_k_weights (T, top_k) -> (T, H)."""
+        packed = self.packed
+        if packed is not None:
+            hidden_size = packed.form.hidden_size
+            return experts_packed(hidden_states, top_k_index, top_k_weights, packed.block, hidden_size, self.activation)
         parameters = self._parameters
         flat = [parameters[name] for name in TENSOR_NAMES] + [getattr(self, name) for name in SIZE_NAMES]
         return experts_flat(hidden_states, top_k_index, top_k_weights, flat, self.activation)
 
     def explain(self) -> str:
         """Which backend runs this layer, and why no faster one does."""
-        return explain(self.weights)
+        return explain(self.packed or self.form, self.activation)
 
     def extra_repr(self) -> str:
         parts = [f"E={self.num_experts}, H={self.hidden_size}, I={self.intermediate_size}", self.activation]
         parts += [n for n in ("base_gate_up", "u_gate_up", "mask_gate_up") if self._parameters[n] is not None]
         return ", ".join(parts)
+
+
+def _payload_dtype(form: FactoredExperts) -> torch.dtype:
+    return next(t.dtype for t in form.tensors().values() if t.is_floating_point())
 
 
 class OneHotExpertsLayer(FactoredExpertsLayer):

@@ -309,6 +309,6 @@ def _register(gate: Callable[[Tensor], Tensor], owner: Any, probe: Tensor) -> st
 
 def expert_nbytes(model: nn.Module) -> int:
     """Bytes of all expert weights of a model, factored (indices and base included) and dense ones together."""
-    factored = sum(m.weights.nbytes() for m in model.modules() if isinstance(m, FactoredExpertsLayer))
+    factored = sum(m.form.nbytes() for m in model.modules() if isinstance(m, FactoredExpertsLayer))
     dense = [p for experts in _find(model) for p in experts.module.parameters()]
     return factored + sum(p.numel() * p.element_size() for p in dense)

@@ -41,8 +41,10 @@ def swap_experts(
             experts = chosen.pop(0)
             parameters = {name: p.detach() for name, p in experts.module.named_parameters()}
             weights, report = compress_layer(experts.read(parameters), progress=bar.set_postfix_str)
-            experts.install(model, weights)
             specs[experts.path] = {**tensor_specs(weights), "report": dataclasses.asdict(report)}
+            layer = experts.install(model, weights)
+            del weights  # which pack replaces
+            layer.pack()
             swapped.append(experts.path)
             bar.update()
     if hasattr(model, "config"):

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "FactoredExperts": "factored",
     "DenseExperts": "factored",
+    "PackedExperts": "packed",
     "experts": "ops",
     "backend": "ops",
     "backends": "ops",
@@ -27,6 +28,7 @@ __all__ = ["__version__", *_WHERE]
 if TYPE_CHECKING:
     from resmoe_kernels.factored import DenseExperts, FactoredExperts  # noqa: F401
     from resmoe_kernels.ops import backend, backends, experts, explain  # noqa: F401
+    from resmoe_kernels.packed import PackedExperts  # noqa: F401
     from resmoe_kernels.python_ops.compress import compress  # noqa: F401
     from resmoe_kernels.python_ops.evaluate import evaluate  # noqa: F401
     from resmoe_kernels.python_ops.swap import swap_experts  # noqa: F401

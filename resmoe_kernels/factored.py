@@ -284,6 +284,14 @@ class FactoredExperts:
                         f"of these {int(width[word])} columns, "
                         f"got {int(kept[e, row, word])} at expert {e}, row {row}, word {word}"
                     )
+                behind = values[..., -1, int(width[-1]) :]
+                nonzero = (behind != 0) | behind.signbit()
+                if bool(nonzero.any()):
+                    e, row, _ = nonzero.nonzero()[0].tolist()
+                    raise ValueError(
+                        f"values_{matrix}: behind the {int(width[-1])} values of a word all must be zero, "
+                        f"got another at expert {e}, row {row}, word {mask.shape[-1] - 1}"
+                    )
             else:
                 _check_offsets(f"row_offsets_{matrix}", row_offsets, values.shape[0])
                 if not torch.equal(kept.sum(-1).flatten(), row_offsets.diff().to(torch.int64)):

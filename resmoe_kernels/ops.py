@@ -9,14 +9,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from resmoe_kernels.activations import check_activation
+from resmoe_kernels.activations import POINTWISE, check_activation
 from resmoe_kernels.factored import SIZE_NAMES, TENSOR_NAMES, FactoredExperts
 from resmoe_kernels.sparse import BLOCK, expand_sparse_reference
+
+if TYPE_CHECKING:
+    from resmoe_kernels.packed import PackedExperts
 
 _log = logging.getLogger("resmoe_kernels")
 _lib = torch.library.Library("resmoe", "DEF")
@@ -38,6 +43,11 @@ def _op(name: str) -> Callable:
 
 def _compiled(op: str) -> list[str]:
     return [b for b, key in _KERNELS.items() if torch._C._dispatch_has_kernel_for_dispatch_key(f"resmoe::{op}", key)]
+
+
+@cache
+def _warn_once(sentence: str) -> None:
+    _log.warning(sentence)
 
 
 # ---- backends
@@ -65,21 +75,32 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def explain(weights: FactoredExperts) -> str:
+def explain(weights: FactoredExperts | PackedExperts, activation: str = "silu") -> str:
     """One line per op of a layer: which backend runs it where the layer lives, and why no faster one does."""
-    device = next(iter(weights.tensors().values())).device.type
-    lines = []
-    for op in ("experts", "expand_sparse") if any(n.startswith("mask") for n in weights.tensors()) else ("experts",):
-        able = [b for b in _compiled(op) if b == device and _forced != "reference"]
-        if able:
-            lines.append(f"resmoe::{op} on {device}: {able[0]}")
-        elif _forced == "reference":
-            lines.append(f"resmoe::{op} on {device}: reference (forced)")
-        else:
-            lines.append(f"resmoe::{op} on {device}: reference (no compiled kernel for {device} is built)")
-    if weights.factorization != "stacked":
-        lines.append(f"factorization {weights.factorization!r} is served by the reference only")
+    from resmoe_kernels.packed import declines
+
+    packed = not isinstance(weights, FactoredExperts)
+    form = weights if isinstance(weights, FactoredExperts) else weights.form
+    device = "cpu" if packed else next(iter(form.tensors().values())).device.type
+    able = [b for b in _compiled("experts") if b == device]
+    reason = declines(form, activation)
+    if _forced == "reference":
+        backend = "reference (forced)"
+    elif not able:
+        backend = f"reference (no compiled kernel for {device} is built)"
+    elif reason is not None:
+        backend = f"reference (the {device} kernels do not serve {reason})"
+    else:
+        anew = "" if packed else "; packed anew for every call, PackedExperts.pack does it once"
+        return f"resmoe::experts on {device}: {able[0]} ({torch.ops.resmoe.cpu_isa()}{anew})"
+    lines = [f"resmoe::experts on {device}: {backend}"]
+    if any(name.startswith("mask") for name in form.tensors()):
+        compiled = device in _compiled("expand_sparse") and _forced != "reference"
+        lines.append(f"resmoe::expand_sparse on {device}: {device if compiled else backend}")
     return "\n".join(lines)
+
+
+_lib.define("cpu_isa() -> str")  # the instruction set whose kernels run on this CPU
 
 
 # ---- expand_sparse
@@ -153,14 +174,22 @@ for _name in ("expand_sparse", "expand_sparse_reference"):
 
 
 def experts(
-    x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, weights: FactoredExperts, activation: str = "silu"
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    weights: FactoredExperts | PackedExperts,
+    activation: str = "silu",
 ) -> Tensor:
     """The expert layer on the fastest backend there is; arguments and meaning as in ``experts_reference.experts``.
 
+    CPU kernels read PackedExperts; FactoredExperts are packed for each call anew, which takes longer than the call.
+    What those kernels do not serve (``packed.declines``, float64 x) runs on the reference, and is logged once.
     Differentiable: the backward pass recomputes through the reference. Raises ValueError naming the tensor, the rule
-    and what came.
+    and what came, or what is not served where ``backend("cpu")`` is forced.
     """
-    return experts_flat(x, top_k_index, top_k_weights, _flatten(weights), activation)
+    if isinstance(weights, FactoredExperts):
+        return experts_flat(x, top_k_index, top_k_weights, _flatten(weights), activation)
+    return experts_packed(x, top_k_index, top_k_weights, weights.block, weights.form.hidden_size, activation)
 
 
 def experts_flat(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, weights: Sequence, activation: str) -> Tensor:
@@ -179,8 +208,13 @@ def _unflatten(flat: Sequence) -> FactoredExperts:
 
 def _check_experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, weights: Sequence, activation: str) -> None:
     """What a call can get wrong; the weights themselves were checked when their FactoredExperts was made."""
-    tensors, hidden_size = weights[: len(TENSOR_NAMES)], weights[_HIDDEN_SIZE]
+    _check_call(x, top_k_index, top_k_weights, weights[_HIDDEN_SIZE], activation)
+    for name, tensor in zip(TENSOR_NAMES, weights[: len(TENSOR_NAMES)], strict=True):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"experts: {name} must be on x's device {x.device}, got {tensor.device}")
 
+
+def _check_call(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, hidden_size: int, activation: str) -> None:
     def got(tensor: Tensor) -> str:
         return f"got {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
@@ -196,9 +230,8 @@ def _check_experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, weight
         raise ValueError(
             f"experts: top_k_weights must be {tuple(top_k_index.shape)} floating point, {got(top_k_weights)}"
         )
-    routing = (("top_k_index", top_k_index), ("top_k_weights", top_k_weights))
-    for name, tensor in (*routing, *zip(TENSOR_NAMES, tensors, strict=True)):
-        if tensor is not None and tensor.device != x.device:
+    for name, tensor in (("top_k_index", top_k_index), ("top_k_weights", top_k_weights)):
+        if tensor.device != x.device:
             raise ValueError(f"experts: {name} must be on x's device {x.device}, got {tensor.device}")
     check_activation(activation)
 
@@ -217,11 +250,11 @@ def _experts_impl(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest) 
         return reference(x, top_k_index, top_k_weights, _unflatten(flat), activation)
 
 
-_EXPERTS_ARGUMENTS = (
-    "Tensor x, Tensor top_k_index, Tensor top_k_weights, "
-    + "".join(f"Tensor? {name}, " for name in TENSOR_NAMES)
-    + "int num_experts, int hidden_size, int intermediate_size, bool gated, str factorization, str activation"
+_WEIGHTS_ARGUMENTS = (
+    "".join(f"Tensor? {name}, " for name in TENSOR_NAMES)
+    + "int num_experts, int hidden_size, int intermediate_size, bool gated, str factorization"
 )
+_EXPERTS_ARGUMENTS = f"Tensor x, Tensor top_k_index, Tensor top_k_weights, {_WEIGHTS_ARGUMENTS}, str activation"
 _define("experts", f"({_EXPERTS_ARGUMENTS}) -> Tensor", _experts_impl, _experts_fake)
 
 
@@ -254,18 +287,134 @@ def _save_for_backward(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.others = [None if isinstance(i, Tensor) else (i,) for i in inputs]
 
 
-def _experts_gradients(ctx, grad: Tensor) -> tuple:
+def _gradients(backward: str, ctx, grad: Tensor) -> tuple:
     saved = iter(ctx.saved_tensors)
     inputs = [next(saved) if other is None else other[0] for other in ctx.others]
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
     grads: list[Tensor | None] = [None] * len(inputs)
-    for i, g in zip(wanted, torch.ops.resmoe.experts_backward(grad, wanted, *inputs), strict=True):
+    for i, g in zip(wanted, getattr(torch.ops.resmoe, backward)(grad, wanted, *inputs), strict=True):
         grads[i] = g
     return tuple(grads)
 
 
-for _name in ("experts", "experts_reference"):
-    torch.library.register_autograd(f"resmoe::{_name}", _experts_gradients, setup_context=_save_for_backward, lib=_lib)
+def _differentiable(op: str) -> None:
+    for name in (op, f"{op}_reference"):
+        gradients = partial(_gradients, f"{op}_backward")
+        torch.library.register_autograd(f"resmoe::{name}", gradients, setup_context=_save_for_backward, lib=_lib)
+
+
+_differentiable("experts")
+
+
+# ---- packed: one block of memory that compiled kernels read, see csrc/packed.h
+
+_lib.define(f"pack({_WEIGHTS_ARGUMENTS}) -> Tensor")
+_lib.define("unpack(Tensor packed) -> (Tensor[] tensors, str[] names, int[] sizes)")
+PACKED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of x, and of weights
+
+
+def pack(weights: FactoredExperts) -> Tensor:
+    """The block (bytes,) uint8 of a layer. Raises ValueError where ``check_values`` does, with the same sentences."""
+    return _pack_flat(_flatten(weights))
+
+
+def _pack_flat(weights: Sequence) -> Tensor:
+    return torch.ops.resmoe.pack(*(w.contiguous() if isinstance(w, Tensor) else w for w in weights))
+
+
+def unpack(packed: Tensor) -> FactoredExperts:
+    """The inverse of ``pack``, bit by bit."""
+    tensors, names, sizes = torch.ops.resmoe.unpack(packed)
+    named = dict(zip(names, tensors, strict=True))
+    E, H, inner, gated = sizes
+    return FactoredExperts.from_tensors(named, num_experts=E, hidden_size=H, intermediate_size=inner, gated=bool(gated))
+
+
+def experts_packed(
+    x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, packed: Tensor, hidden_size: int, activation: str
+) -> Tensor:
+    """``experts`` on a block that ``pack`` returned."""
+    _check_experts_packed(x, top_k_index, top_k_weights, packed, hidden_size, activation)
+    op = _op("experts_packed")
+    reason = declines_call(x.dtype, activation)
+    if reason is not None:
+        _refuse_if_forced(reason)
+        op = torch.ops.resmoe.experts_packed_reference
+    return op(x, top_k_index, top_k_weights, packed, hidden_size, activation)
+
+
+def _check_experts_packed(
+    x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, packed: Tensor, hidden_size: int, activation: str
+) -> None:
+    _check_call(x, top_k_index, top_k_weights, hidden_size, activation)
+    if packed.device != x.device:
+        raise ValueError(f"experts: packed must be on x's device {x.device}, got {packed.device}")
+
+
+def declines_call(dtype: torch.dtype, activation: str) -> str | None:
+    """Why the CPU kernels cannot serve an x of this dtype under this activation; None if they can."""
+    if dtype not in PACKED_DTYPES:
+        return f"x of {str(dtype).removeprefix('torch.')}"
+    return None if activation in POINTWISE else f"the gate {activation!r}"
+
+
+def _refuse_if_forced(reason: str) -> None:
+    if _forced == "cpu":
+        raise ValueError(f"experts: the cpu kernels do not serve {reason}; use backend('auto') or backend('reference')")
+
+
+def _experts_packed_fake(
+    x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, packed: Tensor, hidden_size: int, activation: str
+) -> Tensor:
+    _check_experts_packed(x, top_k_index, top_k_weights, packed, hidden_size, activation)
+    return x.new_empty(x.shape)
+
+
+def _experts_packed_impl(
+    x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, packed: Tensor, hidden_size: int, activation: str
+) -> Tensor:
+    if (reason := declines_call(x.dtype, activation)) is not None and _forced is None:
+        _warn_once(_RUNS_ON_REFERENCE.format(reason))
+    return _experts_impl(x, top_k_index, top_k_weights, *_flatten(unpack(packed)), activation)
+
+
+_RUNS_ON_REFERENCE = "resmoe_kernels: the cpu kernels do not serve {}; such layers run on the slow reference"
+_PACKED_ARGUMENTS = "Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor packed, int hidden_size, str activation"
+_define("experts_packed", f"({_PACKED_ARGUMENTS}) -> Tensor", _experts_packed_impl, _experts_packed_fake)
+
+
+def _experts_packed_backward_impl(
+    grad: Tensor, wanted: Sequence[int], x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, packed: Tensor, *rest
+) -> list[Tensor]:
+    weights = _flatten(unpack(packed))
+    return _experts_backward_impl(grad, wanted, x, top_k_index, top_k_weights, *weights, rest[-1])
+
+
+_define(
+    "experts_packed_backward",
+    f"(Tensor grad, int[] wanted, {_PACKED_ARGUMENTS}) -> Tensor[]",
+    _experts_packed_backward_impl,
+    _experts_backward_fake,
+)
+_differentiable("experts_packed")
+
+
+def _experts_on_cpu(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest) -> Tensor:
+    """``resmoe::experts`` by the kernels that read packed weights."""
+    from resmoe_kernels.packed import declines
+
+    *flat, activation = rest
+    reason = declines_call(x.dtype, activation) or declines(_unflatten(flat))
+    if reason is not None:
+        _refuse_if_forced(reason)
+        _warn_once(_RUNS_ON_REFERENCE.format(reason))
+        return _experts_impl(x, top_k_index, top_k_weights, *rest)
+    _warn_once(
+        "resmoe_kernels: weights were packed for one call, which takes longer than the call; "
+        "PackedExperts.pack(weights), or FactoredExpertsLayer.pack(), keeps them packed"
+    )
+    packed = _pack_flat(flat)
+    return torch.ops.resmoe.experts_packed(x, top_k_index, top_k_weights, packed, flat[_HIDDEN_SIZE], activation)
 
 
 # ---- the compiled extension
@@ -273,5 +422,7 @@ for _name in ("experts", "experts_reference"):
 _extension = sorted(Path(__file__).parent.glob("_C*.so"))
 if _extension:
     torch.ops.load_library(str(_extension[0]))
+    if _compiled("experts_packed"):
+        _lib.impl("experts", _experts_on_cpu, "CPU")
 else:
     _log.warning("resmoe_kernels: the C++ extension is not built; every op runs on the plain PyTorch reference")

@@ -183,7 +183,7 @@ def test_compiled_without_a_graph_break(factored):
 def test_a_layer_says_what_it_is(factored):
     layer = AutoModelForCausalLM.from_pretrained(factored).model.layers[0].mlp.experts
     assert "E=4, H=32, I=48, silu" in repr(layer) and "mask_gate_up" in repr(layer)
-    assert layer.explain().startswith("resmoe::experts on cpu: reference")
+    assert layer.explain().startswith("resmoe::experts on cpu: cpu (")
 
 
 def test_gradients_reach_the_router_through_the_layer(factored):

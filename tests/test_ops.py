@@ -388,8 +388,7 @@ def test_unknown_backend_lists_those_that_are_there(small, name):
 
 
 def test_backends():
-    # The extension has a kernel for expand_sparse on the CPU, as test_build holds, but none for experts yet.
-    assert resmoe_kernels.backends() == ("reference",)
+    assert resmoe_kernels.backends() == ("reference", "cpu")
 
 
 def test_every_listed_backend_can_be_forced(small):
@@ -429,16 +428,22 @@ def test_threads_do_not_disturb_each_other(make_layer, generator):
 
 def test_explain(make_layer):
     explain = resmoe_kernels.explain
-    no_kernel = "reference (no compiled kernel for cpu is built)"
-    assert explain(make_layer(**FORMS["base-only"])) == f"resmoe::experts on cpu: {no_kernel}"
-    both = f"resmoe::experts on cpu: {no_kernel}\nresmoe::expand_sparse on cpu: cpu"
-    assert explain(make_layer(**FORMS["everything"])) == both
-    assert explain(make_layer(**{**FORMS["everything"], "only": "down"})) == both  # a sparse part in one matrix is one
-    assert explain(make_layer(**FORMS["joint"])) == (
-        f"resmoe::experts on cpu: {no_kernel}\nfactorization 'joint' is served by the reference only"
+    assert explain(make_layer(**FORMS["base-only"])).startswith("resmoe::experts on cpu: cpu (")
+    declined = "resmoe::experts on cpu: reference (the cpu kernels do not serve factorization 'joint')"
+    assert explain(make_layer(**FORMS["joint"])) == declined
+    both = f"{declined}\nresmoe::expand_sparse on cpu: cpu"
+    sparse = {**FORMS["joint"], "sparse": 8}
+    assert explain(make_layer(**sparse)) == both
+    assert explain(
+        make_layer(**{**FORMS["everything"], "dtype": torch.float64, "only": "down"})
+    ) == (  # a sparse part in one matrix is one
+        "resmoe::experts on cpu: reference (the cpu kernels do not serve weights of float64)\n"
+        "resmoe::expand_sparse on cpu: cpu"
     )
-    assert explain(make_layer(**FORMS["base-only"]).to("meta")) == (
-        "resmoe::experts on meta: reference (no compiled kernel for meta is built)"
+    no_kernel = "reference (no compiled kernel for meta is built)"
+    assert explain(make_layer(**FORMS["base-only"]).to("meta")) == f"resmoe::experts on meta: {no_kernel}"
+    assert explain(make_layer(**FORMS["everything"]).to("meta")) == (
+        f"resmoe::experts on meta: {no_kernel}\nresmoe::expand_sparse on meta: {no_kernel}"
     )
     with resmoe_kernels.backend("reference"):
         assert explain(make_layer(**FORMS["everything"])) == (
@@ -447,6 +452,7 @@ def test_explain(make_layer):
 
 
 def test_nothing_is_logged_where_the_extension_is_built(caplog, small):
+    packed = resmoe_kernels.PackedExperts.pack(small[0])
     with caplog.at_level(logging.DEBUG, logger="resmoe_kernels"):
-        resmoe_kernels.experts(*small[1], small[0])
+        resmoe_kernels.experts(*small[1], packed)
     assert not caplog.records

@@ -1,0 +1,292 @@
+"""One expert layer: every compressed form beside the fastest dense layers there are, in the same run.
+
+    python benchmarks/bench_experts.py --shape olmoe mixtral --tokens 1 4 16 64 512 --form dense lowrank block bitmap \\
+        --retain 0.25 --backend cpu --peers auto --csv FILE --plot FILE
+
+What is timed, and how, is in benchmarks/README.md. Weights are random: speed is measured here, never quality.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import itertools
+import sys
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from measure import (
+    Candidate,
+    Cost,
+    Draw,
+    InProcess,
+    Layer,
+    Machine,
+    OwnProcess,
+    copies_beyond_cache,
+    draw,
+    interleave,
+    measure_machine,
+    quantiles,
+)
+from peers import GET, PEERS, TOLERANCE, Peer, check, relative_error
+from rich.console import Console
+from rich.table import Table
+from shapes import CHECK, CHECK_UNGATED, FORMS, SHAPES, Shape, dense_layer, factored_layer
+
+import resmoe_kernels as rk
+from resmoe_kernels import FactoredExperts
+
+TOKENS = (1, 4, 16, 64, 512)
+COLUMNS = (
+    "shape", "tokens", "implementation", "form", "backend", "isa", "retain", "threads", "copies", "rounds",
+    "experts_hit", "p20_ms", "p50_ms", "p80_ms", "mbytes", "gflop", "gb_per_s", "gflop_per_s", "fastest_peer",
+    "speedup", "ideal_speedup", "bandwidth_share", "peak_share", "read_gb_per_s", "matmul_bf16_gflop_per_s",
+)  # fmt: skip
+FAILURES = (ValueError, RuntimeError, OSError)  # of a peer; of ours they end the run
+console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--retain", type=float, default=0.25)
+    parser.add_argument("--backend", choices=("auto", *rk.backends()), default="auto")
+    parser.add_argument("--peers", choices=("auto", "none"), default="auto", help="auto: every one that runs here")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=20, help="time for one shape and number of tokens")
+    parser.add_argument("--csv", type=Path, required=True)
+    parser.add_argument("--plot", type=Path, help="a picture of the CSV; needs peers and matplotlib")
+    arguments = parser.parse_args()
+    if arguments.plot and arguments.peers == "none":
+        parser.error("--plot shows speed-ups over the fastest peer; it needs --peers auto")
+    if not 0 < arguments.retain <= 1:
+        parser.error(f"--retain must be in (0, 1], got {arguments.retain}")
+    if min(arguments.tokens) < 1:
+        parser.error(f"--tokens must be at least 1, got {min(arguments.tokens)}")
+
+    torch.set_grad_enabled(False)
+    machine = measure_machine(arguments.threads)
+    console.print(
+        f"{machine.threads} threads, DRAM read {machine.read_gb_per_s:.1f} GB/s, matmul bf16 (oneDNN) "
+        f"{machine.peak_gflop_per_s:.0f} GFLOP/s, last-level cache {machine.l3_bytes >> 20} MiB"
+    )
+    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    with arguments.csv.open("w", newline="") as file, rk.backend(arguments.backend):
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for name in arguments.shape:
+            for row in bench_shape(SHAPES[name], arguments, machine):
+                writer.writerow(row)
+                file.flush()
+                rows.append(row)
+    show(rows)
+    if arguments.plot:
+        from plot import plot
+
+        plot(arguments.csv, arguments.plot)
+
+
+# ---- one shape
+
+
+class Measured:
+    """A candidate and what its calls cost."""
+
+    def __init__(self, candidate: Candidate, cost: Cost, copies: int, form: str, backend: str) -> None:
+        self.candidate, self.cost, self.copies, self.form, self.backend = candidate, cost, copies, form, backend
+
+    @property
+    def is_peer(self) -> bool:
+        return self.backend == "peer"
+
+
+def bench_shape(shape: Shape, arguments: argparse.Namespace, machine: Machine) -> Iterable[dict]:
+    """The rows of one shape, peers first."""
+    fewest = draw(shape, min(arguments.tokens), torch.Generator().manual_seed(0))
+    measured: list[Measured] = []
+    try:
+        for form in arguments.form:
+            measured.append(ours(shape, form, arguments, fewest, machine))
+        if arguments.peers == "auto":
+            measured += peers(shape, fewest, machine)
+        for tokens in arguments.tokens:
+            generator = torch.Generator().manual_seed(tokens)
+            first = first_calls(measured, draw(shape, tokens, generator), shape)
+            candidates = [m.candidate for m in measured]
+            times, draws = interleave(candidates, first, partial(draw, shape, tokens, generator), arguments.seconds)
+            rows = [row_of(m, shape, times[m.candidate.name], draws, machine, arguments) for m in measured]
+            yield from compare(rows, measured, draws, machine)
+    finally:
+        for m in measured:
+            if isinstance(m.candidate, OwnProcess):
+                m.candidate.close()
+        measured.clear()
+        gc.collect()
+
+
+def first_calls(measured: list[Measured], d: Draw, shape: Shape) -> dict[str, float]:
+    """Seconds of one call of each; a peer that fails at this number of tokens is told and taken out."""
+    seconds = {}
+    for m in list(measured):
+        try:
+            seconds[m.candidate.name] = m.candidate.seconds([d])
+        except FAILURES as exception:
+            if not m.is_peer:
+                raise
+            console.print(f"{shape.name}: {m.candidate.name} fails at T={len(d.x)}: {exception}", markup=False)
+            measured.remove(m)
+    return seconds
+
+
+def ours(shape: Shape, form: str, arguments: argparse.Namespace, fewest: Draw, machine: Machine) -> Measured:
+    """One form on the product's kernels, packed where the backend packs."""
+    backend = chosen_backend(arguments.backend)
+    small = CHECK if shape.gated else CHECK_UNGATED
+    weights = factored_layer(small, form, arguments.retain, seed=1)
+    error = relative_error(layer_of(small, weights, backend), weights.materialize(), small)
+    if not error < TOLERANCE:
+        raise SystemExit(f"resmoe {form} on {backend}: the result is wrong, relative error {error:.3g} against float32")
+    layers, cost, copies = [], None, 1
+    while len(layers) < copies:
+        weights = factored_layer(shape, form, arguments.retain, seed=len(layers))
+        if cost is None:
+            cost = Cost.of(weights)
+            copies = copies_beyond_cache(cost.bytes(fewest.index), machine.l3_bytes)
+        layers.append(layer_of(shape, weights, backend))
+        del weights
+    assert cost is not None
+    console.print(f"{shape.name}: resmoe {form} on {backend}, {copies} copies, relative error {error:.2g}")
+    candidate = InProcess(f"resmoe {form}", layers, itertools.count())
+    return Measured(candidate, cost, copies, form, backend)
+
+
+def chosen_backend(name: str) -> str:
+    """What ``auto`` stands for on this device."""
+    return name if name != "auto" else "cpu" if "cpu" in rk.backends() else "reference"
+
+
+def layer_of(shape: Shape, weights: FactoredExperts, backend: str) -> Layer:
+    if backend == "cpu":
+        from resmoe_kernels.packed import PackedExperts
+
+        weights = PackedExperts.pack(weights)
+    return lambda d: lambda: rk.experts(d.x, d.index, d.weights, weights, shape.activation)
+
+
+def peers(shape: Shape, fewest: Draw, machine: Machine) -> list[Measured]:
+    """Every peer that runs here, checked. One that does not is reported in a line."""
+    cost = Cost.dense(shape)
+    copies = copies_beyond_cache(cost.bytes(fewest.index), machine.l3_bytes)
+    shared, turn = [dense_layer(shape, seed) for seed in range(copies)], itertools.count()
+    found = []
+    for peer in PEERS:
+        reason = peer.missing(shape)
+        try:
+            if reason is not None:
+                raise ValueError(reason)
+            if peer.own_process:
+                make = partial(in_own_process, PEERS.index(peer), shape, copies, machine.threads)
+                candidate = OwnProcess(peer.name, make, machine.threads)
+                error = candidate.told
+            else:
+                error = check(peer, shape, machine.threads)
+                layers = peer.prepare(shared, shape, machine.threads, False)
+                candidate = InProcess(peer.name, layers, turn)
+        except FAILURES as exception:
+            hint = f". To get it: {GET}" if "not installed" in str(exception) else ""
+            console.print(f"{shape.name}: {peer.name} is left out: {exception}{hint}", soft_wrap=True, markup=False)
+            continue
+        console.print(f"{shape.name}: {peer.name}, {copies} copies, relative error {error:.2g}")
+        found.append(Measured(candidate, cost, copies, "dense", "peer"))
+    return found
+
+
+def in_own_process(number: int, shape: Shape, copies: int, threads: int) -> tuple[list[Layer], float]:
+    peer: Peer = PEERS[number]
+    error = check(peer, shape, threads)
+    return peer.prepare([dense_layer(shape, seed) for seed in range(copies)], shape, threads, False), error
+
+
+# ---- rows
+
+
+def row_of(m: Measured, shape: Shape, times: list[float], draws: Sequence[Draw], machine: Machine, arguments) -> dict:
+    p20, p50, p80 = quantiles(times)
+    nbytes, flops = mean_cost(m.cost, draws)
+    return {
+        "shape": shape.name,
+        "tokens": len(draws[0].x),
+        "implementation": m.candidate.name,
+        "form": m.form,
+        "backend": m.backend,
+        "isa": torch.ops.resmoe.cpu_isa() if m.backend == "cpu" else "",
+        "retain": 1.0 if m.form == "dense" else arguments.retain,
+        "threads": machine.threads,
+        "copies": m.copies,
+        "rounds": len(times),
+        "experts_hit": round(sum(d.index.unique().numel() for d in draws) / len(draws), 2),
+        "p20_ms": round(p20 * 1e3, 4),
+        "p50_ms": round(p50 * 1e3, 4),
+        "p80_ms": round(p80 * 1e3, 4),
+        "mbytes": round(nbytes / 1e6, 4),
+        "gflop": round(flops / 1e9, 6),
+        "gb_per_s": round(nbytes / p50 / 1e9, 3),
+        "gflop_per_s": round(flops / p50 / 1e9, 3),
+        "fastest_peer": "",
+        "speedup": "",
+        "ideal_speedup": "",
+        "bandwidth_share": round(nbytes / p50 / 1e9 / machine.read_gb_per_s, 4),
+        "peak_share": round(flops / p50 / 1e9 / machine.peak_gflop_per_s, 4),
+        "read_gb_per_s": round(machine.read_gb_per_s, 2),
+        "matmul_bf16_gflop_per_s": round(machine.peak_gflop_per_s, 1),
+    }
+
+
+def mean_cost(cost: Cost, draws: Sequence[Draw]) -> tuple[float, float]:
+    nbytes, flops = (sum(of(d.index) for d in draws) / len(draws) for of in (cost.bytes, cost.flops))
+    return nbytes, flops
+
+
+def compare(rows: list[dict], measured: Sequence[Measured], draws: Sequence[Draw], machine: Machine) -> list[dict]:
+    """Fills in the ratios to the fastest peer; without peers they stay empty. Prints each row."""
+    peer_rows = [row for row, m in zip(rows, measured, strict=True) if m.is_peer]
+    fastest = min(peer_rows, key=lambda row: row["p50_ms"], default=None)
+    for row, m in zip(rows, measured, strict=True):
+        if fastest is not None:
+            peer_cost = next(p.cost for p in measured if p.is_peer)
+            ideal = machine.seconds(*mean_cost(peer_cost, draws)) / machine.seconds(*mean_cost(m.cost, draws))
+            row["fastest_peer"], row["ideal_speedup"] = fastest["implementation"], round(ideal, 4)
+            row["speedup"] = round(fastest["p50_ms"] / row["p50_ms"], 4)
+        console.print(
+            f"  {row['shape']} T={row['tokens']} {row['implementation']}: {row['p50_ms']:.3f} ms "
+            f"[{row['p20_ms']:.3f}, {row['p80_ms']:.3f}], {row['gb_per_s']:.1f} GB/s, {row['gflop_per_s']:.0f} GFLOP/s"
+            + (f", {row['speedup']:.2f} x (ideal {row['ideal_speedup']:.2f})" if fastest is not None else ""),
+            markup=False,
+        )
+    return rows
+
+
+def show(rows: Sequence[dict]) -> None:
+    table = Table(
+        "shape", "T", "implementation", "p50 ms", "GB/s", "of read", "GFLOP/s", "of matmul", "speed-up", "ideal"
+    )
+    table.title = "against the fastest peer of the row"
+    for row, following in itertools.zip_longest(rows, rows[1:]):
+        ratios = [f"{row[key]:.2f}" if row[key] != "" else "" for key in ("speedup", "ideal_speedup")]
+        reached = [f"{row['gb_per_s']:.1f}", f"{row['bandwidth_share']:.0%}"]
+        reached += [f"{row['gflop_per_s']:.0f}", f"{row['peak_share']:.0%}"]
+        name = f"{row['shape']}", f"{row['tokens']}", row["implementation"]
+        last = following is not None and following["tokens"] != row["tokens"]
+        table.add_row(*name, f"{row['p50_ms']:.3f}", *reached, *ratios, end_section=last)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,321 @@
+"""One timer for everything that is compared, what a call reads and computes by formula, and the machine's limits."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+import multiprocessing
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from shapes import DTYPE, Shape
+from torch import Tensor
+
+from resmoe_kernels import FactoredExperts
+from resmoe_kernels.factored import MATRICES
+
+# ---- the machine
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The limits a time is compared with, measured with the threads that are timed.
+
+    read_gb_per_s: DRAM read, the best median of torch's reductions over 1 GiB in one and in eight streams, on huge
+        pages (on a Zen 4 server these read 33 GB/s with two threads, on 4 KiB pages 28; a C++ probe 34)
+    peak_gflop_per_s: the best median of ``torch`` matmul in bfloat16 (oneDNN), a lower bound of the matrix peak (on
+        that server 430 of 470)
+    l3_bytes: of the last-level cache
+    """
+
+    threads: int
+    read_gb_per_s: float
+    peak_gflop_per_s: float
+    l3_bytes: int
+
+    def seconds(self, nbytes: float, flops: float) -> float:
+        """The shortest time there is for a call: the roofline."""
+        return max(nbytes / self.read_gb_per_s, flops / self.peak_gflop_per_s) / 1e9
+
+
+def measure_machine(threads: int) -> Machine:
+    torch.set_num_threads(threads)
+    return Machine(threads, _read_bandwidth(), _matmul_rate(), l3_bytes())
+
+
+def _median_rate(work: float, call: Callable[[int], object], repeats: int) -> float:
+    seconds = []
+    for i in range(repeats + 1):
+        start = time.perf_counter()
+        call(i)
+        seconds.append(time.perf_counter() - start)
+    return work / sorted(seconds[1:])[repeats // 2] / 1e9
+
+
+def _read_bandwidth() -> float:
+    size, burst = 1 << 30, 1 << 28
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    buffer = torch.frombuffer(memory, dtype=torch.float32).fill_(1)
+    bursts = buffer.view(size // burst, -1)
+    reductions: tuple[Callable[[Tensor], Tensor], ...] = (
+        lambda x: torch.dot(x, x),
+        lambda x: x.amax(),
+        lambda x: x.view(8, -1).amax(1),
+    )
+    return max(_median_rate(burst, lambda i, f=f: f(bursts[i % len(bursts)]), 12) for f in reductions)
+
+
+def _matmul_rate() -> float:
+    best = 0.0
+    for M, N, K in ((512, 4096, 2048), (2048, 2048, 2048)):
+        x, w = torch.ones(M, K, dtype=DTYPE), torch.ones(N, K, dtype=DTYPE)
+        rate = _median_rate(2 * M * N * K, lambda i, x=x, w=w: torch.nn.functional.linear(x, w), 6)
+        best = max(best, rate)
+    return best
+
+
+def l3_bytes() -> int:
+    """Bytes of the last-level cache; where the system does not say, 128 MiB, which is more than most have."""
+    path = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    return int(path.read_text().strip().removesuffix("K")) << 10 if path.exists() else 128 << 20
+
+
+# ---- one call, and what it costs
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The input of one call: x (T, H) bfloat16, index (T, top_k) int64, weights (T, top_k) bfloat16."""
+
+    x: Tensor
+    index: Tensor
+    weights: Tensor
+
+
+def draw(shape: Shape, tokens: int, generator: torch.Generator) -> Draw:
+    """Uniform routing to distinct experts, weights that sum to one."""
+    scores = torch.rand(tokens, shape.num_experts, generator=generator)
+    index = scores.argsort(1)[:, : shape.top_k].contiguous()
+    weights = torch.rand(tokens, shape.top_k, generator=generator).softmax(1)
+    return Draw(torch.randn(tokens, shape.hidden_size, generator=generator).to(DTYPE), index, weights.to(DTYPE))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes of weights that a call reads and operations that it needs, by formula, from the real routing.
+
+        bytes = index + sum over groups hit of group_bytes + sum over experts hit of expert_bytes[e]
+        flops = base_flops * (distinct (token, group) pairs) + sum over (token, expert) pairs of pair_flops[e]
+
+    A low-rank residual costs 2 r (N + K) per pair. A sparse one is expanded and multiplied as dense, its base with
+    it: 2 N K per pair and nothing for the base. Activations are not counted: at most 2 % of the bytes at the shapes
+    measured.
+
+    group: (E,) int64, -1 for none;  expert_bytes, pair_flops: (E,) float64
+    """
+
+    group: Tensor
+    group_bytes: int
+    base_flops: int
+    expert_bytes: Tensor
+    pair_flops: Tensor
+    index_bytes: int = 0
+
+    @classmethod
+    def dense(cls, shape: Shape) -> Cost:
+        """Of plain matrices, as peers hold them."""
+        E, parameters = shape.num_experts, shape.expert_parameters
+        none = torch.full((E,), -1)
+        bytes_, flops = (torch.full((E,), 2 * parameters, dtype=torch.float64) for _ in range(2))
+        return cls(none, 0, 0, bytes_, flops)
+
+    @classmethod
+    def of(cls, weights: FactoredExperts) -> Cost:
+        E = weights.num_experts
+        expert_bytes, pair_flops = torch.zeros(2, E, dtype=torch.float64)
+        group_bytes = base_flops = index_bytes = 0
+        if weights.group is not None:
+            index_bytes += weights.group.nbytes
+        for matrix in MATRICES:
+            N, K = weights.rows_columns(matrix)
+            base, v, offsets, mask, values, row_offsets = (
+                getattr(weights, f"{name}_{matrix}")
+                for name in ("base", "v", "rank_offsets", "mask", "values", "row_offsets")
+            )
+            if base is not None:
+                group_bytes += base[0].nbytes
+            if base is not None and mask is None:
+                base_flops += 2 * N * K
+            if v is not None:
+                ranks = offsets.diff().double()
+                expert_bytes += ranks * (N + K) * v.element_size()
+                pair_flops += ranks * 2 * (N + K)
+                index_bytes += offsets.nbytes
+            if mask is not None:
+                pair_flops += 2 * N * K
+                expert_bytes += mask[0].nbytes
+                if row_offsets is None:
+                    expert_bytes += values[0].nbytes
+                else:
+                    expert_bytes += row_offsets[::N].diff() * values.element_size() + N * row_offsets.element_size()
+                    index_bytes += row_offsets.element_size()
+        group = torch.full((E,), -1) if weights.group is None else weights.group.long()
+        return cls(group, group_bytes, base_flops, expert_bytes, pair_flops, index_bytes)
+
+    def bytes(self, index: Tensor) -> float:
+        hit = index.unique()
+        groups = self.group[hit].unique()
+        return self.index_bytes + int((groups >= 0).sum()) * self.group_bytes + float(self.expert_bytes[hit].sum())
+
+    def flops(self, index: Tensor) -> float:
+        groups = self.group[index].sort(1).values
+        distinct = (groups[:, :1] >= 0).sum() + ((groups[:, 1:] != groups[:, :-1]) & (groups[:, 1:] >= 0)).sum()
+        return int(distinct) * self.base_flops + float(self.pair_flops[index].sum())
+
+
+def copies_beyond_cache(touched: float, cache: int) -> int:
+    """Copies of a layer to rotate over so that what lies between two uses of one is at least twice the cache."""
+    return max(1, -(-2 * cache // int(touched)))
+
+
+# ---- the timer
+
+Layer = Callable[[Draw], Callable[[], Tensor]]  # prepares a call outside of the timing, then makes it
+
+
+class Candidate(Protocol):
+    name: str
+
+    def seconds(self, calls: Sequence[Draw]) -> float:
+        """Makes the calls one after another, each on the next copy of the layer; the time of the last."""
+
+
+class InProcess:
+    """A candidate that runs here. Candidates with layers on the same memory share ``turn``, so that each call moves
+    on to memory that no one has touched for a while."""
+
+    def __init__(self, name: str, layers: Sequence[Layer], turn: Iterator[int]) -> None:
+        self.name, self.layers, self.turn = name, layers, turn
+
+    def seconds(self, calls: Sequence[Draw]) -> float:
+        for d in calls:
+            call = self.layers[next(self.turn) % len(self.layers)](d)
+            start = time.perf_counter()
+            call()
+            elapsed = time.perf_counter() - start
+        return elapsed
+
+
+class OwnProcess:
+    """A candidate in a process of its own, which is stopped between its turns: libraries that bring threads of their
+    own let them spin after a call, and would slow down whoever is next.
+
+    make: () -> (one layer per copy, anything to tell), called over there; it can be pickled
+    Raises ValueError with the reason if ``make`` fails or the process dies.
+    """
+
+    def __init__(self, name: str, make: Callable[[], tuple[list[Layer], object]], threads: int) -> None:
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, threads), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.told = self._receive()
+        self._stop()
+
+    def seconds(self, calls: Sequence[Draw]) -> float:
+        os.kill(self._process.pid, signal.SIGCONT)
+        self._connection.send(
+            [(d.x.view(torch.int16).numpy(), d.index.numpy(), d.weights.view(torch.int16).numpy()) for d in calls]
+        )
+        elapsed = self._receive()
+        self._stop()
+        assert isinstance(elapsed, float)
+        return elapsed
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def _stop(self) -> None:
+        os.kill(self._process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # it takes its time
+
+    def _receive(self) -> object:
+        try:
+            ok, value = self._connection.recv()
+        except EOFError:
+            self._process.join()
+            raise ValueError(f"its process ended with exit code {self._process.exitcode}") from None
+        if not ok:
+            self.close()
+            raise ValueError(value)
+        return value
+
+
+def _serve(connection: Connection, make: Callable[[], tuple[list[Layer], object]], threads: int) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # some greet on every object they make
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a stopped process would outlive its parent
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+    try:
+        layers, told = make()
+        connection.send((True, told))
+        here = InProcess("", layers, itertools.count())
+        while True:
+            calls = [[torch.from_numpy(a) for a in arrays] for arrays in connection.recv()]
+            draws = [Draw(x.view(DTYPE), index, w.view(DTYPE)) for x, index, w in calls]
+            connection.send((True, here.seconds(draws)))
+    except EOFError:
+        return
+    except Exception as error:
+        connection.send((False, f"{type(error).__name__}: {error}"))
+
+
+# A call below this many seconds is preceded by an untimed one: threads are awake and code is in cache then, as within
+# a model. For longer ones that is no matter, and it would double the time of a run.
+SHORT = 0.1
+
+
+def interleave(
+    candidates: Sequence[Candidate],
+    first: Mapping[str, float],
+    next_draw: Callable[[], Draw],
+    seconds: float,
+    min_rounds: int = 3,
+) -> tuple[dict[str, list[float]], list[Draw]]:
+    """Times the candidates in turn, each once a round on the same draw, starting with another one each round.
+
+    first: how long a call of each took before, by name
+    Stops after the round in which ``seconds`` have passed. Returns the times of each, and the draw of each round.
+    """
+    times: dict[str, list[float]] = {c.name: [] for c in candidates}
+    draws: list[Draw] = []
+    start = time.perf_counter()
+    while len(draws) < min_rounds or time.perf_counter() - start < seconds:
+        untimed, timed = next_draw(), next_draw()
+        shift = len(draws) % len(candidates)
+        for c in (*candidates[shift:], *candidates[:shift]):
+            times[c.name].append(c.seconds([timed] if first[c.name] > SHORT else [untimed, timed]))
+        draws.append(timed)
+    return times, draws
+
+
+def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th percentile, interpolated."""
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
+    return deciles[1], deciles[4], deciles[7]

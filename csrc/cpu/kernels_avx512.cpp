@@ -1,0 +1,43 @@
+// AVX-512 without BF16 or VBMI2 (Intel Skylake-SP to Ice Lake): weights are widened and multiplied in
+// float32. Compiled with -mavx512{f,bw,dq,vl} -mfma -mf16c.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace resmoe {
+namespace {
+
+#include "lanes_avx512.inl"
+
+#include "kernels.inl"
+
+// Only elements of 32 bits can be spread by this instruction set: words are widened for it.
+struct ExpandWords {
+  static __m256i half(const std::byte* values, uint32_t mask) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+    return _mm512_cvtepi32_epi16(_mm512_maskz_expand_epi32(static_cast<__mmask16>(mask), wide));
+  }
+  static __m512i expand(const std::byte* values, uint32_t mask) {
+    const uint32_t first = mask & 0xffff;
+    const __m256i low = half(values, first);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low),
+                              half(values + 2 * __builtin_popcount(first), mask >> 16), 1);
+  }
+};
+
+}  // namespace
+
+const Kernels* kernels_avx512(Dtype weight, Operand operand) {
+  if (operand != Operand::float32) return nullptr;
+  switch (weight) {
+    case Dtype::bfloat16:
+      return &table<WideningStep<Dtype::bfloat16, ExpandWords>>;
+    case Dtype::float16:
+      return &table<WideningStep<Dtype::float16, ExpandWords>>;
+    case Dtype::float32:
+      return &table<WideningStep<Dtype::float32, ExpandWords>>;
+  }
+  return nullptr;
+}
+
+}  // namespace resmoe

