@@ -9,7 +9,7 @@ SHELL := /bin/bash
 
 setup: $(VENV)/.installed
 
-KERNELS := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.cpp)
+KERNELS := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.inl csrc/cpu/*.cpp)
 
 # Runs again only when one of these changes; Python files are used in place. torch comes first and by its exact
 # version: a package that asks for any torch would take the newest. The extension is built with it, last.
@@ -27,14 +27,18 @@ test: ctest pytest
 
 ctest: setup
 	$(BIN)/cmake -S . -B build/cmake
-	$(BIN)/cmake --build build/cmake
+	$(BIN)/cmake --build build/cmake --parallel 2
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
-# The C++ tests again, with every read out of bounds and every undefined operation an error.
+# The C++ tests again, with every read out of bounds and every undefined operation an error; then those with threads,
+# with every race an error.
 sanitize: setup
 	$(BIN)/cmake -S . -B build/sanitize -DRESMOE_SANITIZE=address,undefined
-	$(BIN)/cmake --build build/sanitize
+	$(BIN)/cmake --build build/sanitize --parallel 2
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+	$(BIN)/cmake -S . -B build/races -DRESMOE_SANITIZE=thread
+	$(BIN)/cmake --build build/races --parallel 2 --target test_experts
+	$(BIN)/ctest --test-dir build/races --output-on-failure -R '^experts$$'
 
 # One thread each: with two, busy cores make OpenMP wait on itself (72 tests took 56 s instead of 7 s).
 pytest: setup

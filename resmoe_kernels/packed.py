@@ -27,9 +27,14 @@ class PackedExperts:
     def pack(cls, weights: FactoredExperts) -> PackedExperts:
         """Packs a layer on the CPU; while it runs, memory holds both forms.
 
-        Raises ValueError if the kernels do not serve the layer, or, as ``check_values`` does, if the contents of its
-        index tensors are wrong.
+        Raises ValueError if the kernels are not built or do not serve the layer, or, as ``check_values`` does, if the
+        contents of its index tensors are wrong.
         """
+        if "cpu" not in ops.backends():
+            raise ValueError(f"PackedExperts: the cpu backend is not built; there are {', '.join(ops.backends())}")
+        device = next(iter(weights.tensors().values())).device
+        if device.type != "cpu":
+            raise ValueError(f"PackedExperts: weights must be on the CPU, got {device}")
         reason = declines(weights)
         if reason is not None:
             raise ValueError(f"PackedExperts: the CPU kernels do not serve {reason}")

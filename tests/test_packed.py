@@ -207,10 +207,16 @@ NO_BLOCK: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     ),
     "not contiguous": (
         lambda b: torch.stack([b, b], dim=1)[:, 0],
-        "packed: must be (bytes,) contiguous Byte, got (",
+        "packed: must be (bytes,) contiguous uint8, as PackedExperts.pack makes it, got (",
     ),
-    "another dtype": (lambda b: b.view(torch.int8), "packed: must be (bytes,) contiguous Byte, got ("),
-    "two dimensions": (lambda b: b[None], "packed: must be (bytes,) contiguous Byte, got (1, "),
+    "another dtype": (
+        lambda b: b.view(torch.int8),
+        "packed: must be (bytes,) contiguous uint8, as PackedExperts.pack makes it, got (",
+    ),
+    "two dimensions": (
+        lambda b: b[None],
+        "packed: must be (bytes,) contiguous uint8, as PackedExperts.pack makes it, got (1, ",
+    ),
 }
 
 
@@ -238,6 +244,15 @@ def test_declines(make_layer):
     mixed = {**weights.tensors(), "bias_down": weights.tensors()["bias_down"].bfloat16()}
     reason = "weights of several dtypes (bfloat16, float32)"
     assert declines(FactoredExperts.from_tensors(mixed, **weights.sizes())) == reason
+
+
+def test_packing_needs_the_cpu_and_its_kernels(make_layer, monkeypatch):
+    with pytest.raises(ValueError, match=r"^PackedExperts: weights must be on the CPU, got meta$"):
+        PackedExperts.pack(make_layer(**EVERYTHING).to("meta"))
+    monkeypatch.setattr(ops, "_compiled", lambda op: [])
+    with pytest.raises(ValueError, match=r"^PackedExperts: the cpu backend is not built; there are reference$"):
+        PackedExperts.pack(make_layer(**EVERYTHING))
+    assert not FactoredExpertsLayer(make_layer(**EVERYTHING), "silu").pack()
 
 
 DECLINED: dict[str, tuple[dict, torch.dtype, str, str]] = {

@@ -27,7 +27,8 @@ class Arena {
     return at;
   }
   void allocate() {
-    block_.reset(static_cast<std::byte*>(std::aligned_alloc(kAlignment, static_cast<size_t>(bytes_ + kAlignment))));
+    block_.reset(
+        static_cast<std::byte*>(std::aligned_alloc(kAlignment, static_cast<size_t>(bytes_ + kAlignment))));
     if (!block_) throw std::bad_alloc();
   }
   std::byte* at(int64_t offset) const { return block_.get() + offset; }
@@ -199,7 +200,8 @@ class Layer {
       rank[1] = std::max(rank[1], down_.rank(expert.id));
       rows = std::max(rows, expert.pairs_end - expert.pairs_begin);
     }
-    for (const Routing::Group& group : routing_.groups) rows = std::max(rows, group.items_end - group.items_begin);
+    for (const Routing::Group& group : routing_.groups)
+      rows = std::max(rows, group.items_end - group.items_begin);
     rows = std::max(rows, call_.tokens);
 
     const auto plan_rows = [&](Operands& operands, int64_t count, int64_t columns) {
@@ -207,8 +209,8 @@ class Layer {
       operands.row_bytes = rounded_up(columns, kOperandPad) * element;
       return arena_.plan<std::byte>(count * operands.row_bytes);
     };
-    const bool x_as_it_is = call_.dtype == (element == 2 ? Dtype::bfloat16 : Dtype::float32) &&
-                            header_.hidden % kOperandPad == 0;
+    const bool x_as_it_is =
+        call_.dtype == (element == 2 ? Dtype::bfloat16 : Dtype::float32) && header_.hidden % kOperandPad == 0;
     const int64_t x_at = plan_rows(x_, x_as_it_is ? 0 : call_.tokens, header_.hidden);
     const int64_t z_low_at = plan_rows(z_low_, pairs, rank[0]);
     const int64_t h_at = plan_rows(h_, pairs, header_.intermediate);
@@ -221,7 +223,7 @@ class Layer {
     scratch_.rows = arena_.plan<void*>(rows);
     scratch_.out = arena_.plan<float*>(rows);
     scratch_.sums = arena_.plan<float*>(rows);
-    scratch_.multiply = arena_.plan<std::byte>(needs_multiply_scratch() ? kernels_.multiply_scratch : 0);
+    scratch_.multiply = arena_.plan<std::byte>(kernels_.multiply_scratch);
     scratch_.bytes = arena_.plan<std::byte>(0) - scratch_.a;
     scratch_.count = threads;
     arena_.plan<std::byte>((threads - 1) * scratch_.bytes);
@@ -249,14 +251,16 @@ class Layer {
       h_rows_[p] = h_.row(static_cast<int64_t>(p));
     }
   }
-  bool needs_multiply_scratch() const { return true; }
 
   Scratch take_scratch() {
     const int64_t at = scratch_.bytes * taken_.fetch_add(1, std::memory_order_relaxed);
     const auto part = [&](int64_t offset) { return arena_.at(offset + at); };
-    return {reinterpret_cast<float*>(part(scratch_.a)),    reinterpret_cast<float*>(part(scratch_.z)),
-            reinterpret_cast<float*>(part(scratch_.sum)),  reinterpret_cast<void**>(part(scratch_.rows)),
-            reinterpret_cast<float**>(part(scratch_.out)), reinterpret_cast<float**>(part(scratch_.sums)),
+    return {reinterpret_cast<float*>(part(scratch_.a)),
+            reinterpret_cast<float*>(part(scratch_.z)),
+            reinterpret_cast<float*>(part(scratch_.sum)),
+            reinterpret_cast<void**>(part(scratch_.rows)),
+            reinterpret_cast<float**>(part(scratch_.out)),
+            reinterpret_cast<float**>(part(scratch_.sums)),
             part(scratch_.multiply)};
   }
 
@@ -301,15 +305,18 @@ class Layer {
   // Fetches the n-th kilobyte of every tile of a task's first panel; false past 64 KiB a tile or the end.
   bool fetch_for(int phase, int64_t task, int64_t n) const {
     const Panel panel = first_panel(phase, task);
-    if (n >= 64 || n * 1024 >= tile_bytes(panel.columns, header_.dtype) || panel.masks[0] != nullptr) return false;
+    if (n >= 64 || n * 1024 >= tile_bytes(panel.columns, header_.dtype) || panel.masks[0] != nullptr)
+      return false;
     for (int64_t j = 0; j < panel.tiles; ++j)
       for (int64_t b = 0; b < 1024; b += 64) __builtin_prefetch(panel.values[j] + n * 1024 + b, 0, 2);
     return true;
   }
 
-  // Zeroes what lies behind the last column of a row: operands meet the padding of weights, and 0 * NaN is NaN.
+  // Zeroes what lies behind the last column of a row: operands meet the padding of weights, and 0 * NaN is
+  // NaN.
   void clear(const Operands& operands, int64_t row, int64_t columns) const {
-    std::memset(operands.at(row, columns), 0, static_cast<size_t>(operands.row_bytes - columns * operands.element));
+    std::memset(operands.at(row, columns), 0,
+                static_cast<size_t>(operands.row_bytes - columns * operands.element));
   }
 
   // low[pair] = V_e row[pair] for one expert and up to 64 of its ranks.
@@ -361,7 +368,8 @@ class Layer {
       for (int64_t e = group.experts_begin; e < group.experts_end; ++e) {
         const bool last_expert = e + 1 == group.experts_end;
         const Panel next = last_expert ? after_group : residual(gate_up_, e + 1, first, tiles);
-        run_gate_up_expert(routing_.experts[static_cast<size_t>(e)], group.id >= 0, first, tiles, next, scratch);
+        run_gate_up_expert(routing_.experts[static_cast<size_t>(e)], group.id >= 0, first, tiles, next,
+                           scratch);
       }
       if (group.id < 0) continue;
       for (int64_t i = 0; i < items; ++i) {
@@ -386,7 +394,8 @@ class Layer {
     }
     if (gate_up_.rank(expert.id) > 0) {
       for (int64_t i = 0; i < m; ++i) scratch.rows[i] = z_low_.row(begin + i);
-      kernels_.multiply(gate_up_.u(expert.id, first, tiles), scratch.rows, scratch.out, m, &next, scratch.multiply);
+      kernels_.multiply(gate_up_.u(expert.id, first, tiles), scratch.rows, scratch.out, m, &next,
+                        scratch.multiply);
     }
     if (gate_up_.is_sparse())
       kernels_.multiply(gate_up_.sparse(expert.id, first, tiles), x_of_pairs() + begin, scratch.out, m, &next,
@@ -395,8 +404,9 @@ class Layer {
       scratch.rows[i] = h_.at(begin + i, column);
       scratch.sums[i] = scratch.sum + routing_.pair_item[static_cast<size_t>(begin + i)] * n;
     }
-    kernels_.activate(call_.activation, header_.gated != 0, scratch.z, width, &routing_.pair_weight[static_cast<size_t>(begin)],
-                      scratch.rows, with_sum ? scratch.sums : nullptr, m, n);
+    kernels_.activate(call_.activation, header_.gated != 0, scratch.z, width,
+                      &routing_.pair_weight[static_cast<size_t>(begin)], scratch.rows,
+                      with_sum ? scratch.sums : nullptr, m, n);
     if (column + n >= header_.intermediate)
       for (int64_t i = 0; i < m; ++i) clear(h_, begin + i, header_.intermediate);
   }
@@ -414,7 +424,8 @@ class Layer {
     for (size_t g = 0; g < routing_.groups.size(); ++g) {
       const Routing::Group& group = routing_.groups[g];
       if (group.id < 0) continue;
-      const Panel next = g + 1 < routing_.groups.size() ? down_of_group(g + 1, task) : residual(down_, 0, first, tiles);
+      const Panel next =
+          g + 1 < routing_.groups.size() ? down_of_group(g + 1, task) : residual(down_, 0, first, tiles);
       const int64_t items = group.items_end - group.items_begin;
       for (int64_t i = 0; i < items; ++i) {
         scratch.rows[i] = h_sum_.row(group.items_begin + i);
@@ -436,10 +447,11 @@ class Layer {
         for (int64_t c = 0; bias != nullptr && c < n; ++c) scratch.out[i][c] += weight * bias[c];
       }
       if (down_.rank(expert.id) > 0)
-        kernels_.multiply(down_.u(expert.id, first, tiles), scratch.rows, scratch.out, m, &next, scratch.multiply);
-      if (down_.is_sparse())
-        kernels_.multiply(down_.sparse(expert.id, first, tiles), h_rows_.data() + begin, scratch.out, m, &next,
+        kernels_.multiply(down_.u(expert.id, first, tiles), scratch.rows, scratch.out, m, &next,
                           scratch.multiply);
+      if (down_.is_sparse())
+        kernels_.multiply(down_.sparse(expert.id, first, tiles), h_rows_.data() + begin, scratch.out, m,
+                          &next, scratch.multiply);
     }
     auto* to = static_cast<std::byte*>(call_.y);
     for (int64_t t = 0; t < call_.tokens; ++t)
@@ -468,8 +480,8 @@ class Layer {
 
 }  // namespace
 
-void experts_packed(const PackedHeader& layer, const ExpertsCall& call, const Kernels& kernels, int64_t threads,
-                    Parallel parallel) {
+void experts_packed(const PackedHeader& layer, const ExpertsCall& call, const Kernels& kernels,
+                    int64_t threads, Parallel parallel) {
   const int64_t chunks = (call.tokens + kMaxTokens - 1) / kMaxTokens;
   for (int64_t c = 0, begin = 0; c < chunks; ++c) {
     ExpertsCall part = call;

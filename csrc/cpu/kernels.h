@@ -34,8 +34,8 @@ struct Kernels {
 
   // out[i][r] += sum_k x[i][k] W[r][k]      for i in [0, m), r in [0, 16 * tiles)
   // Sums in float32. `next`, if not null, is the panel this thread will most likely multiply next: its first
-  // lines are prefetched. `scratch` is multiply_scratch bytes of this thread's own, 64-byte aligned. Rows of out may
-  // coincide (a token that met an expert twice): each is added to in turn.
+  // lines are prefetched. `scratch` is multiply_scratch bytes of this thread's own, 64-byte aligned. Rows of
+  // out may coincide (a token that met an expert twice): each is added to in turn.
   void (*multiply)(const Panel& panel, const void* const* x, float* const* out, int64_t m, const Panel* next,
                    std::byte* scratch);
   int64_t multiply_scratch;
@@ -46,7 +46,8 @@ struct Kernels {
   void (*activate)(Activation activation, bool gated, const float* z, int64_t z_stride, const float* w,
                    void* const* h, float* const* sum, int64_t m, int64_t n);
 
-  // n elements each; rounding is to nearest even, and a NaN stays one. `load` makes bfloat16 operands of bfloat16 only.
+  // n elements each; rounding is to nearest even, and a NaN stays one. `load` makes bfloat16 operands of
+  // bfloat16 only.
   void (*to_operand)(const float* from, void* to, int64_t n);
   void (*load)(Dtype dtype, const void* from, void* to, int64_t n);    // dtype -> operand
   void (*store)(Dtype dtype, const float* from, void* to, int64_t n);  // float32 -> dtype

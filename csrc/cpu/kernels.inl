@@ -11,7 +11,8 @@
 //     round              to the nearest integer
 //     times_power(x, n)  x 2^n, infinite past the range; n integral within [-151, 151]
 //     where_negative(z, a, b)   a where z < 0, else b
-//     load_bfloat16, store_bfloat16, load_float16, store_float16   16 elements, to nearest even, NaN stays NaN
+//     load_bfloat16, store_bfloat16, load_float16, store_float16   16 elements, to nearest even, NaN stays
+//     NaN
 //
 // Step: how two columns of a tile meet two elements of an operand.
 //     weight, operand    their types
@@ -32,12 +33,13 @@ inline Lanes::Floats polynomial(Lanes::Floats x, float first, Coefficients... re
   return p;
 }
 
-// exp(x) as 2^n exp(r), |r| <= ln 2 / 2; below 1.3 ulp of float32 wherever the result is normal. The polynomial
-// is the Taylor series to r^7, whose rest is below 6e-9 there.
+// exp(x) as 2^n exp(r), |r| <= ln 2 / 2; below 1.3 ulp of float32 wherever the result is normal. The
+// polynomial is the Taylor series to r^7, whose rest is below 6e-9 there.
 inline Lanes::Floats exponential(Lanes::Floats x) {
   x = Lanes::max(Lanes::set(-104.0f), Lanes::min(Lanes::set(104.0f), x));
   const Lanes::Floats n = Lanes::round(Lanes::mul(x, Lanes::set(1.44269504f)));
-  Lanes::Floats r = Lanes::fma(n, Lanes::set(-0.693145752f), x);  // ln 2 in two parts, the first with 12 bits to spare
+  Lanes::Floats r =
+      Lanes::fma(n, Lanes::set(-0.693145752f), x);  // ln 2 in two parts, the first with 12 bits to spare
   r = Lanes::fma(n, Lanes::set(-1.42860677e-6f), r);
   return Lanes::times_power(
       polynomial(r, 1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f), n);
@@ -46,10 +48,9 @@ inline Lanes::Floats exponential(Lanes::Floats x) {
 // erfc(y) for y >= 0 as exp(-y^2) t P(t), t = 1 / (1 + y / 2). P is a least-squares fit of ours in relative
 // error over y in [0, 10], reweighted towards the largest: 4.3e-8 before rounding.
 inline Lanes::Floats erfc_of_positive(Lanes::Floats y) {
-  const Lanes::Floats t =
-      Lanes::div(Lanes::set(1.0f), Lanes::fma(y, Lanes::set(0.5f), Lanes::set(1.0f)));
-  const Lanes::Floats p = polynomial(t, -0.0590642020f, 0.284553379f, -0.487158597f, 0.278023839f, -0.0265985727f,
-                                     0.202676564f, 0.243106082f, 0.282375038f, 0.282086432f);
+  const Lanes::Floats t = Lanes::div(Lanes::set(1.0f), Lanes::fma(y, Lanes::set(0.5f), Lanes::set(1.0f)));
+  const Lanes::Floats p = polynomial(t, -0.0590642020f, 0.284553379f, -0.487158597f, 0.278023839f,
+                                     -0.0265985727f, 0.202676564f, 0.243106082f, 0.282375038f, 0.282086432f);
   return Lanes::mul(Lanes::mul(p, t), exponential(Lanes::mul(Lanes::sub(Lanes::set(0.0f), y), y)));
 }
 
@@ -88,8 +89,8 @@ inline void store_operand(void* to, int64_t c, Lanes::Floats value) {
 }
 
 template <Operand operand, Activation activation, bool gated>
-void activate_rows(const float* z, int64_t z_stride, const float* w, void* const* h, float* const* sum, int64_t m,
-                   int64_t n) {
+void activate_rows(const float* z, int64_t z_stride, const float* w, void* const* h, float* const* sum,
+                   int64_t m, int64_t n) {
   for (int64_t i = 0; i < m; ++i) {
     const float* row = z + i * z_stride;
     for (int64_t c = 0; c < n; c += 16) {
@@ -103,10 +104,11 @@ void activate_rows(const float* z, int64_t z_stride, const float* w, void* const
 }
 
 template <Operand operand>
-void activate(Activation activation, bool gated, const float* z, int64_t z_stride, const float* w, void* const* h,
-              float* const* sum, int64_t m, int64_t n) {
+void activate(Activation activation, bool gated, const float* z, int64_t z_stride, const float* w,
+              void* const* h, float* const* sum, int64_t m, int64_t n) {
   const auto rows = [&]<Activation a>() {
-    (gated ? activate_rows<operand, a, true> : activate_rows<operand, a, false>)(z, z_stride, w, h, sum, m, n);
+    (gated ? activate_rows<operand, a, true> : activate_rows<operand, a, false>)(z, z_stride, w, h, sum, m,
+                                                                                 n);
   };
   switch (activation) {
     case Activation::silu:
@@ -135,7 +137,8 @@ inline Lanes::Floats load_as_float(Dtype dtype, const void* from, int64_t c) {
 inline void store_as(Dtype dtype, void* to, int64_t c, Lanes::Floats value) {
   if (dtype == Dtype::float32) return Lanes::store(static_cast<float*>(to) + c, value);
   auto* halves = static_cast<uint16_t*>(to) + c;
-  return dtype == Dtype::bfloat16 ? Lanes::store_bfloat16(halves, value) : Lanes::store_float16(halves, value);
+  return dtype == Dtype::bfloat16 ? Lanes::store_bfloat16(halves, value)
+                                  : Lanes::store_float16(halves, value);
 }
 
 // n elements from one type to another; the last, incomplete 16 go through a buffer.
@@ -145,7 +148,8 @@ inline void convert(Dtype from_dtype, const void* from, Dtype to_dtype, void* to
   if (whole == n) return;
   alignas(64) std::byte source[64] = {}, target[64];
   const auto bytes = [&](Dtype dtype, int64_t count) { return static_cast<size_t>(count * size_of(dtype)); };
-  __builtin_memcpy(source, static_cast<const std::byte*>(from) + bytes(from_dtype, whole), bytes(from_dtype, n - whole));
+  __builtin_memcpy(source, static_cast<const std::byte*>(from) + bytes(from_dtype, whole),
+                   bytes(from_dtype, n - whole));
   store_as(to_dtype, target, 0, load_as_float(from_dtype, source, 0));
   __builtin_memcpy(static_cast<std::byte*>(to) + bytes(to_dtype, whole), target, bytes(to_dtype, n - whole));
 }
@@ -175,9 +179,9 @@ inline void store_output(Dtype dtype, const float* from, void* to, int64_t n) {
 
 // ---- multiply
 
-// How far ahead of its use a line is asked for, in each of the streams (one a tile). On Zen 4 with two threads 512
-// bytes gave 53 GB/s, 1 KiB 57 to 62, 4 KiB 45. Into the second-level cache: into the first it was 44 GB/s, and
-// without asking, 33.
+// How far ahead of its use a line is asked for, in each of the streams (one a tile). On Zen 4 with two
+// threads 512 bytes gave 53 GB/s, 1 KiB 57 to 62, 4 KiB 45. Into the second-level cache: into the first it
+// was 44 GB/s, and without asking, 33.
 inline constexpr int64_t kPrefetchBytes = 1024;
 
 // Columns that are multiplied with every row before the next ones are touched: 64 rows of them, 256 KiB of
@@ -188,8 +192,8 @@ constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
 
-// What a block asks for while it reads its lines: nothing, because they are in the cache and so is the rest; the
-// lines that it will read itself; or the first lines of what comes after it.
+// What a block asks for while it reads its lines: nothing, because they are in the cache and so is the rest;
+// the lines that it will read itself; or the first lines of what comes after it.
 enum class Ask { nothing, own, after };
 
 // Where the lines of a tile come from.
@@ -231,8 +235,9 @@ struct Sparse {
 // out[i][16 j ...] += sum over `steps` pairs of columns, for kRows rows and kTiles tiles: the innermost loop.
 // x0 is the first pair of columns of x that the sources stand at; what comes after has after_steps pairs.
 template <class Step, class Source, int kRows, int kTiles, Ask kAsk>
-inline __attribute__((always_inline)) void block(const Source* source, int64_t x0, int64_t steps, int64_t after_steps,
-                                                 const void* const* x, float* const* out, int64_t column) {
+inline __attribute__((always_inline)) void block(const Source* source, int64_t x0, int64_t steps,
+                                                 int64_t after_steps, const void* const* x, float* const* out,
+                                                 int64_t column) {
   Lanes::Floats sum[kRows][kTiles];
   Source at[kTiles];
   const void* row[kRows];
@@ -263,16 +268,18 @@ inline __attribute__((always_inline)) void block(const Source* source, int64_t x
 template <class Step, class Source, int kTiles, Ask kAsk, int kRows = Step::kRows>
 inline void block_of_rows(int64_t rows, const Source* source, int64_t x0, int64_t steps, int64_t after_steps,
                           const void* const* x, float* const* out, int64_t column) {
-  if (rows == kRows) return block<Step, Source, kRows, kTiles, kAsk>(source, x0, steps, after_steps, x, out, column);
+  if (rows == kRows)
+    return block<Step, Source, kRows, kTiles, kAsk>(source, x0, steps, after_steps, x, out, column);
   if constexpr (kRows > 1)
-    block_of_rows<Step, Source, kTiles, kAsk, kRows - 1>(rows, source, x0, steps, after_steps, x, out, column);
+    block_of_rows<Step, Source, kTiles, kAsk, kRows - 1>(rows, source, x0, steps, after_steps, x, out,
+                                                         column);
 }
 
-// m rows in blocks of nearly equal height. The first reads the weights from memory; while the second reads them
-// from the cache, what comes after them is fetched.
+// m rows in blocks of nearly equal height. The first reads the weights from memory; while the second reads
+// them from the cache, what comes after them is fetched.
 template <class Step, int kTiles>
-void dense_blocks(const Dense<Step>* source, int64_t x0, int64_t steps, int64_t after_steps, const void* const* x,
-                  float* const* out, int64_t m, int64_t column) {
+void dense_blocks(const Dense<Step>* source, int64_t x0, int64_t steps, int64_t after_steps,
+                  const void* const* x, float* const* out, int64_t m, int64_t column) {
   using Source = Dense<Step>;
   const int64_t count = (m + Step::kRows - 1) / Step::kRows;
   for (int64_t b = 0; b < count; ++b) {
@@ -294,8 +301,8 @@ template <class Step, int kTiles>
 void multiply_tiles(const Panel& panel, int64_t first, const void* const* x, float* const* out, int64_t m,
                     const Panel* next, std::byte* scratch) {
   const int64_t steps = even(panel.columns) / 2, column = kTileRows * first;
-  Sparse<Step> sparse[kTiles];
-  Dense<Step> dense[kTiles];
+  Sparse<Step> sparse[kTiles] = {};
+  Dense<Step> dense[kTiles] = {};
   const bool is_sparse = panel.masks[0] != nullptr;
   for (int j = 0; j < kTiles; ++j) {
     if (is_sparse) sparse[j] = {panel.values[first + j], panel.masks[first + j]};
@@ -364,7 +371,7 @@ inline constexpr Kernels table = {
     Step::weight,
     Step::operand,
     multiply<Step>,
-    Step::kTiles * (kColumnBlock / 2) * Step::kBytes,
+    Step::kTiles*(kColumnBlock / 2) * Step::kBytes,
     activate<Step::operand>,
     to_operand<Step::operand>,
     load_operand<Step::operand>,

@@ -1,5 +1,6 @@
-// AVX-512 with BF16 and VBMI2 (AMD Zen 4, Intel Sapphire Rapids and later): vdpbf16ps multiplies two columns of
-// 16 rows at once, vpexpandw spreads stored values. Compiled with -mavx512{f,bw,dq,vl,bf16,vbmi2} -mfma -mf16c.
+// AVX-512 with BF16 and VBMI2 (AMD Zen 4, Intel Sapphire Rapids and later): vdpbf16ps multiplies two columns
+// of 16 rows at once, vpexpandw spreads stored values. Compiled with -mavx512{f,bw,dq,vl,bf16,vbmi2} -mfma
+// -mf16c.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -8,10 +9,12 @@ namespace resmoe {
 namespace {
 
 #include "lanes_avx512.inl"
+
 #include "kernels.inl"
 
-// On Zen 4 a zeroing vpexpandw waits for the old contents of its target: 6.4 cycles each in a loop of four. Into
-// a register that was zeroed first it takes 2.9. The empty asm keeps the compiler from joining the two again.
+// On Zen 4 a zeroing vpexpandw waits for the old contents of its target: 6.4 cycles each in a loop of four.
+// Into a register that was zeroed first it takes 2.9. The empty asm keeps the compiler from joining the two
+// again.
 struct ExpandWords {
   static __m512i expand(const std::byte* values, uint32_t mask) {
     __m512i zero = _mm512_setzero_si512();

@@ -168,9 +168,10 @@ struct WideningStep {
     const auto* both = static_cast<const float*>(x) + 2 * step;
     return {both[0], both[1]};
   }
+  // The two products first: half as many roundings of the sum, which make up for the missing fma.
   static Lanes::Floats dot(const Lanes::Floats& sum, const Line& line, Pair pair) {
     return Lanes::each(
-        [&](int i) { return sum.at[i] + line.even.at[i] * pair.even + line.odd.at[i] * pair.odd; });
+        [&](int i) { return sum.at[i] + (line.even.at[i] * pair.even + line.odd.at[i] * pair.odd); });
   }
 };
 

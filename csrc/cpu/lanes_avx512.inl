@@ -13,14 +13,16 @@ struct Lanes {
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
   static Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
-  static Floats round(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Floats round(Floats a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
   static Floats times_power(Floats a, Floats n) { return _mm512_scalef_ps(a, n); }
   static Floats where_negative(Floats z, Floats a, Floats b) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_LT_OQ), b, a);
   }
   static Floats load_bfloat16(const uint16_t* p) {
-    return _mm512_castsi512_ps(
-        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
   }
   // Integer rounding keeps denormals, which vcvtneps2bf16 would flush.
   static void store_bfloat16(uint16_t* p, Floats a) {
@@ -41,8 +43,8 @@ struct Lanes {
   }
 };
 
-// Weights of any type, widened, times float32 operands. `Words` spreads up to 32 stored 16-bit values to the set
-// bits of a mask.
+// Weights of any type, widened, times float32 operands. `Words` spreads up to 32 stored 16-bit values to the
+// set bits of a mask.
 template <Dtype kWeight, class Words>
 struct WideningStep {
   static constexpr Dtype weight = kWeight;
@@ -61,7 +63,8 @@ struct WideningStep {
       return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)),
               _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
     } else {
-      return {_mm512_cvtph_ps(_mm512_castsi512_si256(words)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1))};
+      return {_mm512_cvtph_ps(_mm512_castsi512_si256(words)),
+              _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1))};
     }
   }
   static Line load(const std::byte* bytes) {

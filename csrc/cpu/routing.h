@@ -21,10 +21,10 @@ struct Routing {
 
   std::vector<Group> groups;
   std::vector<Expert> experts;
-  std::vector<int32_t> pair_token;   // ascending within an expert
+  std::vector<int32_t> pair_token;  // ascending within an expert
   std::vector<float> pair_weight;
-  std::vector<int64_t> pair_item;    // counted from its group's items_begin
-  std::vector<int32_t> item_token;   // ascending within a group
+  std::vector<int64_t> pair_item;   // counted from its group's items_begin
+  std::vector<int32_t> item_token;  // ascending within a group
 
   int64_t pairs() const { return static_cast<int64_t>(pair_token.size()); }
   int64_t items() const { return static_cast<int64_t>(item_token.size()); }

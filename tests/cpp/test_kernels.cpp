@@ -50,6 +50,18 @@ struct Problem {
     weights[static_cast<size_t>(40 * columns)] = -kInfinity;
   }
 
+  // x in bytes, every row filled up with zeros as kernels.h says.
+  std::vector<std::byte> operands(Dtype dtype) const {
+    const int64_t row_bytes = rounded_up(columns, resmoe::kOperandPad) * size_of(dtype);
+    std::vector<std::byte> bytes(static_cast<size_t>(kMaxRows * row_bytes));
+    for (int64_t i = 0; i < kMaxRows; ++i)
+      for (int64_t k = 0; k < columns; ++k) {
+        const uint32_t bits = bits_of(format_of(dtype), x[static_cast<size_t>(i * columns + k)]);
+        std::memcpy(bytes.data() + i * row_bytes + k * size_of(dtype), &bits,
+                    static_cast<size_t>(size_of(dtype)));
+      }
+    return bytes;
+  }
   double weight(int64_t r, int64_t k, bool sparse) const {
     const auto at = static_cast<size_t>(r * columns + k);
     return sparse && stored[at] == 0 ? 0.0 : weights[at];
@@ -109,18 +121,18 @@ struct OperandRows {
   std::vector<Bytes> parts;
   std::vector<const void*> rows;
 
-  OperandRows(const Problem& p, Operand operand, int64_t m, Rows kind) {
-    const Dtype dtype = dtype_of(operand);
-    const int64_t bytes = rounded_up(p.columns, resmoe::kOperandPad) * size_of(dtype);
+  OperandRows(const Problem& p, Operand operand, int64_t m, Rows kind)
+      : OperandRows(p.operands(dtype_of(operand)), size_of(dtype_of(operand)), m, kind) {}
+
+  // Of kMaxRows rows of bytes, one behind the other.
+  OperandRows(const std::vector<std::byte>& from, int64_t element, int64_t m, Rows kind) {
+    const auto bytes = static_cast<int64_t>(from.size()) / kMaxRows;
     const int64_t stride = kind == Rows::gaps ? bytes + 64 : bytes;
     if (kind != Rows::scattered) parts.emplace_back((m - 1) * stride + bytes);
     for (int64_t i = 0; i < m; ++i) {
-      if (kind == Rows::scattered) parts.emplace_back(bytes, size_of(dtype));
+      if (kind == Rows::scattered) parts.emplace_back(bytes, element);
       std::byte* const row = kind == Rows::scattered ? parts.back().data() : parts[0].data() + i * stride;
-      for (int64_t k = 0; k < p.columns; ++k) {
-        const uint32_t bits = bits_of(format_of(dtype), p.x[static_cast<size_t>(i * p.columns + k)]);
-        std::memcpy(row + k * size_of(dtype), &bits, static_cast<size_t>(size_of(dtype)));
-      }
+      std::memcpy(row, from.data() + i * bytes, static_cast<size_t>(bytes));
       rows.push_back(row);
     }
   }
@@ -141,6 +153,7 @@ void products_are_exact(const Table& table, Numbers numbers, const std::vector<i
   const Bytes scratch(kernels.multiply_scratch);
   for (const int64_t k : columns) {
     const Problem problem(k, numbers);
+    const auto operands = problem.operands(dtype_of(kernels.operand));
     for (const bool sparse : {false, true}) {
       const auto expected = problem.product(sparse, false);
       const Packed packed(problem, kernels.weight, sparse);
@@ -151,7 +164,7 @@ void products_are_exact(const Table& table, Numbers numbers, const std::vector<i
       for (const int64_t m : {0, 1, 2, 3, 4, 5, 6, 7, 12, 16, 17, 33, 70})
         for (const Rows kind : {Rows::packed, Rows::gaps, Rows::scattered}) {
           if (m == 0 && kind != Rows::scattered) continue;
-          const OperandRows x(problem, kernels.operand, m, kind);
+          const OperandRows x(operands, size_of(dtype_of(kernels.operand)), m, kind);
           for (int64_t tiles = 1; tiles <= 4; ++tiles) {
             const int64_t outputs = 16 * tiles, same = kind == Rows::gaps ? 3 : 1;
             const Output out(m, outputs, same, 5.0f);

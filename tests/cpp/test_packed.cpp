@@ -11,6 +11,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "packed.h"
@@ -367,6 +368,52 @@ void a_block_gives_the_tensors_back() {
         }
 }
 
+// At sizes of real models, where packed_bytes reads group and rank_offsets only: as large as the checkpoint,
+// to 1 %. All of them keep a quarter.
+void a_block_is_as_large_as_the_checkpoint_form() {
+  struct Shape {
+    const char* name;
+    int64_t experts, hidden, intermediate, rank;
+  };
+  const Shape shapes[] = {{"Mixtral-8x7B", 8, 4096, 14336, 800},
+                          {"OLMoE", 64, 2048, 1024, 176},
+                          {"DeepSeek-V2-Lite", 64, 2048, 1408, 208},
+                          {"Qwen3-30B-A3B", 128, 2048, 768, 144}};
+  const int32_t not_read = 0;
+  for (const Shape& shape : shapes)
+    for (const auto& [low_rank, block_kept, bitmap] :
+         {std::tuple{true, 0, false}, {false, 8, false}, {false, 0, true}, {true, 4, false}}) {
+      const std::vector<int32_t> group(static_cast<size_t>(shape.experts), 0);
+      std::vector<int32_t> rank_offsets(static_cast<size_t>(shape.experts) + 1);
+      for (size_t e = 0; e < rank_offsets.size(); ++e)
+        rank_offsets[e] = static_cast<int32_t>(e) * static_cast<int32_t>(shape.rank);
+      Factored<const void> from;
+      from.experts = shape.experts, from.hidden = shape.hidden, from.intermediate = shape.intermediate;
+      from.groups = 1, from.group = group.data();
+      int64_t checkpoint = shape.experts * 4;
+      for (const bool down : {false, true}) {
+        FactoredMatrix<const void>& f = down ? from.down : from.gate_up;
+        const int64_t rows = from.rows(down), columns = from.columns(down), words = columns / 32;
+        checkpoint += rows * columns * 2;
+        if (low_rank) {
+          f.rank_offsets = rank_offsets.data(), f.ranks = shape.experts * shape.rank;
+          checkpoint += (shape.experts + 1) * 4 + f.ranks * (rows + columns) * 2;
+        }
+        if (block_kept != 0 || bitmap) {
+          f.mask = &not_read, f.block_kept = block_kept;
+          checkpoint += shape.experts * rows * words * 4;
+        }
+        if (block_kept != 0) checkpoint += shape.experts * rows * words * block_kept * 2;
+        if (bitmap) {
+          f.nnz = shape.experts * rows * columns / 4, f.row_offset_size = 4;
+          checkpoint += f.nnz * 2 + (shape.experts * rows + 1) * 4;
+        }
+      }
+      const double ratio = static_cast<double>(resmoe::packed_bytes(from)) / static_cast<double>(checkpoint);
+      CHECK(ratio > 0.99 && ratio < 1.01, "%s: %.4f", shape.name, ratio);
+    }
+}
+
 // What packing says about a layer that `damage` changed; "" if it packs.
 template <typename Damage>
 std::string refusal(const Form& form, const Damage& damage) {
@@ -452,6 +499,7 @@ void what_is_no_block_is_refused() {
 int main() {
   a_block_is_what_the_header_file_says();
   a_block_gives_the_tensors_back();
+  a_block_is_as_large_as_the_checkpoint_form();
   contents_that_would_lead_out_of_bounds_are_refused();
   what_is_no_block_is_refused();
   std::printf(failures == 0 ? "all checks passed\n" : "%d checks failed\n", failures);
