@@ -14,6 +14,7 @@ import gc
 import itertools
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from measure import (
     InProcess,
     Layer,
     Machine,
+    MemoryRead,
     OwnProcess,
     copies_beyond_cache,
     draw,
@@ -44,7 +46,7 @@ TOKENS = (1, 4, 16, 64, 512)
 COLUMNS = (
     "shape", "tokens", "implementation", "form", "backend", "isa", "retain", "threads", "copies", "rounds",
     "experts_hit", "p20_ms", "p50_ms", "p80_ms", "mbytes", "gflop", "gb_per_s", "gflop_per_s", "fastest_peer",
-    "speedup", "ideal_speedup", "bandwidth_share", "peak_share", "read_gb_per_s", "matmul_bf16_gflop_per_s",
+    "speedup", "ideal_speedup", "bandwidth_share", "peak_share", "read_gb_per_s", "peak_gflop_per_s",
 )  # fmt: skip
 FAILURES = (ValueError, RuntimeError, OSError)  # of a peer; of ours they end the run
 console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
@@ -71,9 +73,10 @@ def main() -> None:
         parser.error(f"--tokens must be at least 1, got {min(arguments.tokens)}")
 
     torch.set_grad_enabled(False)
-    machine = measure_machine(arguments.threads)
+    memory = MemoryRead(arguments.threads)
+    machine = measure_machine(memory, arguments.threads)
     console.print(
-        f"{machine.threads} threads, DRAM read {machine.read_gb_per_s:.1f} GB/s, matmul bf16 (oneDNN) "
+        f"{machine.threads} threads, DRAM read {machine.read_gb_per_s:.1f} GB/s, bfloat16 peak "
         f"{machine.peak_gflop_per_s:.0f} GFLOP/s, last-level cache {machine.l3_bytes >> 20} MiB"
     )
     arguments.csv.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +85,7 @@ def main() -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for name in arguments.shape:
-            for row in bench_shape(SHAPES[name], arguments, machine):
+            for row in bench_shape(SHAPES[name], arguments, machine, memory):
                 writer.writerow(row)
                 file.flush()
                 rows.append(row)
@@ -107,7 +110,7 @@ class Measured:
         return self.backend == "peer"
 
 
-def bench_shape(shape: Shape, arguments: argparse.Namespace, machine: Machine) -> Iterable[dict]:
+def bench_shape(shape: Shape, arguments: argparse.Namespace, machine: Machine, memory: MemoryRead) -> Iterable[dict]:
     """The rows of one shape, peers first."""
     fewest = draw(shape, min(arguments.tokens), torch.Generator().manual_seed(0))
     measured: list[Measured] = []
@@ -119,10 +122,12 @@ def bench_shape(shape: Shape, arguments: argparse.Namespace, machine: Machine) -
         for tokens in arguments.tokens:
             generator = torch.Generator().manual_seed(tokens)
             first = first_calls(measured, draw(shape, tokens, generator), shape)
-            candidates = [m.candidate for m in measured]
+            first[memory.name] = memory.seconds([None])
+            candidates = [memory, *(m.candidate for m in measured)]
             times, draws = interleave(candidates, first, partial(draw, shape, tokens, generator), arguments.seconds)
-            rows = [row_of(m, shape, times[m.candidate.name], draws, machine, arguments) for m in measured]
-            yield from compare(rows, measured, draws, machine)
+            limits = replace(machine, read_gb_per_s=memory.gb_per_s(times[memory.name]))
+            rows = [row_of(m, shape, times[m.candidate.name], draws, limits, arguments) for m in measured]
+            yield from compare(rows, measured, draws, limits)
     finally:
         for m in measured:
             if isinstance(m.candidate, OwnProcess):
@@ -245,7 +250,7 @@ def row_of(m: Measured, shape: Shape, times: list[float], draws: Sequence[Draw],
         "bandwidth_share": round(nbytes / p50 / 1e9 / machine.read_gb_per_s, 4),
         "peak_share": round(flops / p50 / 1e9 / machine.peak_gflop_per_s, 4),
         "read_gb_per_s": round(machine.read_gb_per_s, 2),
-        "matmul_bf16_gflop_per_s": round(machine.peak_gflop_per_s, 1),
+        "peak_gflop_per_s": round(machine.peak_gflop_per_s, 1),
     }
 
 
@@ -275,7 +280,7 @@ def compare(rows: list[dict], measured: Sequence[Measured], draws: Sequence[Draw
 
 def show(rows: Sequence[dict]) -> None:
     table = Table(
-        "shape", "T", "implementation", "p50 ms", "GB/s", "of read", "GFLOP/s", "of matmul", "speed-up", "ideal"
+        "shape", "T", "implementation", "p50 ms", "GB/s", "of read", "GFLOP/s", "of peak", "speed-up", "ideal"
     )
     table.title = "against the fastest peer of the row"
     for row, following in itertools.zip_longest(rows, rows[1:]):

@@ -9,9 +9,12 @@ import multiprocessing
 import os
 import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,10 +34,10 @@ from resmoe_kernels.factored import MATRICES
 class Machine:
     """The limits a time is compared with, measured with the threads that are timed.
 
-    read_gb_per_s: DRAM read, the best median of torch's reductions over 1 GiB in one and in eight streams, on huge
-        pages (on a Zen 4 server these read 33 GB/s with two threads, on 4 KiB pages 28; a C++ probe 34)
-    peak_gflop_per_s: the best median of ``torch`` matmul in bfloat16 (oneDNN), a lower bound of the matrix peak (on
-        that server 430 of 470)
+    read_gb_per_s: DRAM read by machine.cpp: four streams a thread, prefetched, on huge pages. On 4 KiB pages it is less
+        (28 against 34 GB/s on a Zen 4 server with two threads)
+    peak_gflop_per_s: bfloat16, the better of machine.cpp's loop over registers and ``torch`` matmul (oneDNN). On that
+        server 463 and 430; where there is AMX, only the matmul knows it
     l3_bytes: of the last-level cache
     """
 
@@ -48,9 +51,50 @@ class Machine:
         return max(nbytes / self.read_gb_per_s, flops / self.peak_gflop_per_s) / 1e9
 
 
-def measure_machine(threads: int) -> Machine:
+class MemoryRead:
+    """Reads 128 MiB as fast as this machine can, on ``threads`` threads. As a candidate among others it tells the
+    bandwidth that they had: that of a virtual machine changes within seconds."""
+
+    name = "memory"
+    burst, bursts, page = 1 << 27, 4, 4096
+
+    def __init__(self, threads: int) -> None:
+        self._probe = _machine_probe()
+        self._pool = ThreadPoolExecutor(threads)
+        self._memory = mmap.mmap(-1, self.bursts * self.burst)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._start = torch.frombuffer(self._memory, dtype=torch.uint8).fill_(1).data_ptr()
+        self._share = self.burst // (threads * self.page) * self.page
+        self._threads = threads
+        self._turn = itertools.count()
+
+    def seconds(self, calls: Sequence[object]) -> float:
+        for _ in calls:
+            begin = self._start + next(self._turn) % self.bursts * self.burst
+            parts = [begin + k * self._share for k in range(self._threads)]
+            start = time.perf_counter()
+            list(self._pool.map(self._probe.read_memory, parts, [self._share] * self._threads))
+            elapsed = time.perf_counter() - start
+        return elapsed
+
+    def gb_per_s(self, seconds: Sequence[float]) -> float:
+        """The median rate of reads that took these times."""
+        return self._share * self._threads / statistics.median(seconds) / 1e9
+
+    def product_gflop_per_s(self) -> float:
+        """Of machine.cpp's loop over registers on all threads; 0 where the processor has no such instruction."""
+        rounds = 5_000_000
+        operations = self._probe.multiply_bfloat16(rounds) * self._threads
+        return _median_rate(
+            operations, lambda _: list(self._pool.map(self._probe.multiply_bfloat16, [rounds] * self._threads)), 5
+        )
+
+
+def measure_machine(memory: MemoryRead, threads: int) -> Machine:
     torch.set_num_threads(threads)
-    return Machine(threads, _read_bandwidth(), _matmul_rate(), l3_bytes())
+    read = memory.gb_per_s([memory.seconds([None]) for _ in range(24)])
+    return Machine(threads, read, max(memory.product_gflop_per_s(), _matmul_rate()), l3_bytes())
 
 
 def _median_rate(work: float, call: Callable[[int], object], repeats: int) -> float:
@@ -62,19 +106,20 @@ def _median_rate(work: float, call: Callable[[int], object], repeats: int) -> fl
     return work / sorted(seconds[1:])[repeats // 2] / 1e9
 
 
-def _read_bandwidth() -> float:
-    size, burst = 1 << 30, 1 << 28
-    memory = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    buffer = torch.frombuffer(memory, dtype=torch.float32).fill_(1)
-    bursts = buffer.view(size // burst, -1)
-    reductions: tuple[Callable[[Tensor], Tensor], ...] = (
-        lambda x: torch.dot(x, x),
-        lambda x: x.amax(),
-        lambda x: x.view(8, -1).amax(1),
-    )
-    return max(_median_rate(burst, lambda i, f=f: f(bursts[i % len(bursts)]), 12) for f in reductions)
+def _machine_probe() -> ctypes.CDLL:
+    """machine.cpp, compiled for this machine."""
+    compiler = os.environ.get("CXX", "c++")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "machine.so"
+        command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", "-o", str(library)]
+        try:
+            subprocess.run([*command, str(Path(__file__).with_name("machine.cpp"))], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise SystemExit(f"the machine's limits are measured by a C++ program; set CXX ({error})") from None
+        probe = ctypes.CDLL(str(library))
+    probe.read_memory.argtypes, probe.read_memory.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_uint64
+    probe.multiply_bfloat16.argtypes, probe.multiply_bfloat16.restype = [ctypes.c_int64], ctypes.c_double
+    return probe
 
 
 def _matmul_rate() -> float:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import resmoe_kernels as rk
 from resmoe_kernels.python_ops.cli import continuation, inspect_checkpoint
+from resmoe_kernels.python_ops.layer import FactoredExpertsLayer
 from resmoe_kernels.python_ops.layouts import expert_nbytes
 
 HERE = Path(__file__).resolve().parent
@@ -35,7 +38,7 @@ def main() -> None:
         print(f"\n{name}: resmoe compress {DENSE} {folders[name]} --residual {residual} --retain {RETAIN:g}")
         rk.compress(DENSE, folders[name], method="resmoe", residual=residual, retain=RETAIN)
 
-    table = Table("", "expert bytes", "of dense", "perplexity", "tokens/s", "relative weight error")
+    table = Table("", "expert bytes", "of dense", "perplexity", "tokens/s", "relative weight error", "experts run on")
     sizes, continuations = {}, {}
     for name, folder in folders.items():
         print(f"\n{name}: {folder}")
@@ -52,16 +55,23 @@ def main() -> None:
             f"{result['perplexity']:.2f}",
             f"{result['tokens_per_second']:,.0f}",
             f"{error:.4f}",
+            backend_of(model),
         )
         continuations[name] = continuation(model, tokenizer, PROMPT, 24)
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print()
     console.print(table)
     console.print("Bytes count everything stored: the shared base, the residuals and their indices.")
     for name, text in continuations.items():
         console.print(f"[bold]{name}[/bold]: {PROMPT} … {escape(repr(text.strip()))}", highlight=False)
     console.print(f"The compressed models are in {arguments.out}", soft_wrap=True)
+
+
+def backend_of(model: nn.Module) -> str:
+    """What runs the experts, as the first factored layer explains it."""
+    layer = next((m for m in model.modules() if isinstance(m, FactoredExpertsLayer)), None)
+    return "transformers" if layer is None else layer.explain().splitlines()[0].partition(": ")[2]
 
 
 def mean_error(folder: Path) -> float:
