@@ -42,7 +42,7 @@ from shapes import CHECK, CHECK_UNGATED, FORMS, SHAPES, Shape, dense_layer, fact
 import resmoe_kernels as rk
 from resmoe_kernels import FactoredExperts
 
-TOKENS = (1, 4, 16, 64, 512)
+TOKENS = (1, 4, 16, 64, 512, 2048)
 COLUMNS = (
     "shape", "tokens", "implementation", "form", "backend", "isa", "retain", "threads", "copies", "rounds",
     "experts_hit", "p20_ms", "p50_ms", "p80_ms", "mbytes", "gflop", "gb_per_s", "gflop_per_s", "fastest_peer",

@@ -1,5 +1,5 @@
-// What this machine can do at most, as far as plain loops can show it: bytes read from memory and bfloat16 products.
-// measure.py compiles it for the machine it runs on and calls it from as many threads as it times.
+// What this machine can do at most, as far as plain loops can show it: bytes read from memory and bfloat16
+// products. measure.py compiles it for the machine it runs on and calls it from as many threads as it times.
 #include <cstdint>
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -23,7 +23,8 @@ uint64_t read_memory(const uint64_t* words, int64_t bytes) {
   return sum;
 }
 
-// Multiplies and adds bfloat16 pairs in registers; returns the operations done, 0 where there is no vdpbf16ps.
+// Multiplies and adds bfloat16 pairs in registers; returns the operations done, 0 where there is no
+// vdpbf16ps.
 double multiply_bfloat16([[maybe_unused]] int64_t rounds) {
 #if defined(__AVX512BF16__)
   __m512 sums[16];

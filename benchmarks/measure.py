@@ -164,9 +164,9 @@ class Cost:
         bytes = index + sum over groups hit of group_bytes + sum over experts hit of expert_bytes[e]
         flops = base_flops * (distinct (token, group) pairs) + sum over (token, expert) pairs of pair_flops[e]
 
-    A low-rank residual costs 2 r (N + K) per pair. A sparse one is expanded and multiplied as dense, its base with
-    it: 2 N K per pair and nothing for the base. Activations are not counted: at most 2 % of the bytes at the shapes
-    measured.
+    A low-rank residual costs 2 r (N + K) per pair. A sparse one is multiplied as dense, 2 N K per pair, and its base
+    with it at no cost: the least there is. Kernels that multiply the base on its own, as those here do where few tokens
+    meet many experts, do 1 / top_k more. Activations are not counted: at most 2 % of the bytes at the shapes measured.
 
     group: (E,) int64, -1 for none;  expert_bytes, pair_flops: (E,) float64
     """

@@ -38,6 +38,18 @@ template <typename... Parts>
   throw std::invalid_argument(sentence.str());
 }
 
+// A text argument. Ops take handles, because torch's conversion to std::string (seen in 2.13) never frees the
+// copy that it makes: 48 bytes a call.
+std::string taken(StringHandle handle) {
+  size_t length = 0;
+  const char* data = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  std::string text(data, length);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return text;
+}
+
 // What came: "(3, 2) Int", as a message shows it.
 std::string shown(const Tensor& tensor) {
   std::ostringstream text;
@@ -232,7 +244,8 @@ Tensor pack(OptionalTensor group, OptionalTensor base_gate_up, OptionalTensor ba
             OptionalTensor mask_gate_up, OptionalTensor values_gate_up, OptionalTensor row_offsets_gate_up,
             OptionalTensor mask_down, OptionalTensor values_down, OptionalTensor row_offsets_down,
             OptionalTensor bias_gate_up, OptionalTensor bias_down, int64_t num_experts, int64_t hidden_size,
-            int64_t intermediate_size, bool gated, std::string factorization) {
+            int64_t intermediate_size, bool gated, StringHandle factorization_handle) {
+  const std::string factorization = taken(factorization_handle);
   if (num_experts < 1 || hidden_size < 1 || intermediate_size < 1)
     refuse("pack: num_experts, hidden_size and intermediate_size must be at least 1, got ", num_experts, ", ",
            hidden_size, " and ", intermediate_size);
@@ -364,12 +377,15 @@ resmoe::Activation activation_of(const std::string& name) {
 }
 
 Tensor experts_packed(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor packed, int64_t hidden_size,
-                      std::string activation) {
+                      StringHandle activation_handle) {
+  const std::string activation = taken(activation_handle);
   const resmoe::PackedHeader& layer = header_of(packed);
   const ScalarType dtype = x.scalar_type();
-  if (x.dim() != 2 || x.size(1) != layer.hidden || hidden_size != layer.hidden ||
+  if (x.dim() != 2 || x.size(1) != layer.hidden ||
       (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half && dtype != ScalarType::Float))
     refuse("experts: x must be (T, ", layer.hidden, ") bfloat16, float16 or float32, got ", shown(x));
+  if (hidden_size != layer.hidden)
+    refuse("experts: hidden_size must be ", layer.hidden, ", that of the packed layer, got ", hidden_size);
   const ScalarType index_dtype = top_k_index.scalar_type();
   if (top_k_index.dim() != 2 || top_k_index.size(0) != x.size(0) ||
       (index_dtype != ScalarType::Int && index_dtype != ScalarType::Long))

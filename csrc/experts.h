@@ -9,10 +9,10 @@
 //
 // in at most four phases, each of tasks that write disjoint memory:
 //
-//     shrink       V_e x of every pair             one task per expert hit and 64 of its ranks
-//     gate_up      z, h and sum w h                one per 32 columns of I (64 without a gate), over all
-//     experts shrink_down  V'_e (w h) of every pair        one per expert hit and 64 of its ranks down y one
-//     per 64 columns of H, over all groups and experts
+//     shrink       V_e x of every pair        one task per expert hit and 64 of its ranks
+//     gate_up      z, h and sum w h           one per 32 columns of I (64 without a gate), over all experts
+//     shrink_down  V'_e (w h) of every pair   one per expert hit and 64 of its ranks
+//     down         y                          one per 64 columns of H, over all groups and experts
 //
 // Weights are read once a call (once in 512 tokens), B once for all tokens of a group. What a task does and
 // in which order it adds depends on the call alone, so results do not depend on the number of threads.

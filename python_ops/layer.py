@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class FactoredExpertsLayer(nn.Module):
             setattr(self, name, value)
         self.activation = activation
         self.packed: PackedExperts | None = None
-        self._packs = False  # once packed, packed again after each move
+        self._packs = False  # once packed, packed again after each move and load
         self._set_parameters(weights)
 
     def _set_parameters(self, weights: FactoredExperts) -> None:
@@ -78,13 +79,14 @@ class FactoredExpertsLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         if self.packed is not None:
-            sample = torch.empty(1, dtype=_payload_dtype(self.packed.form))
+            sample = torch.empty(1, dtype=_payload_dtype(self.packed.form), device="cpu")
             if fn(sample) is sample:  # to where and what it already is: every to("cpu") would pack all layers anew
                 return self
             self.unpack()
         super()._apply(fn, recurse)
         if self._packs:
-            self.pack()
+            with suppress(ValueError):  # contents of to_empty, which calls refuse and load_state_dict replaces
+                self.pack()
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -95,10 +97,9 @@ class FactoredExpertsLayer(nn.Module):
             destination[prefix + name] = tensor
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
-        packed = self.packed is not None
         self.unpack()
         super()._load_from_state_dict(*args, **kwargs)
-        if packed:
+        if self._packs:  # also where an earlier load was refused
             self.pack()
 
     # ---- running

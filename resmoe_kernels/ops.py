@@ -195,6 +195,8 @@ def experts(
 def experts_flat(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, weights: Sequence, activation: str) -> Tensor:
     """``experts`` on the fields of FactoredExperts, in the order TENSOR_NAMES, SIZE_NAMES: a call builds nothing."""
     _check_experts(x, top_k_index, top_k_weights, weights, activation)
+    if x.device.type != "cpu":
+        _refuse_if_forced(f"x on {x.device}")
     return _op("experts")(x, top_k_index, top_k_weights, *weights, activation)
 
 

@@ -97,7 +97,7 @@ def test_the_ideal_is_the_ratio_of_the_rooflines(with_peers):
     rows, _, _ = with_peers
     for row in rows:
         peer = next(r for r in rows if r["backend"] == "peer" and r["tokens"] == row["tokens"])
-        machine = measure.Machine(1, float(row["read_gb_per_s"]), float(row["matmul_bf16_gflop_per_s"]), 1)
+        machine = measure.Machine(1, float(row["read_gb_per_s"]), float(row["peak_gflop_per_s"]), 1)
         shortest = [machine.seconds(float(r["mbytes"]) * 1e6, float(r["gflop"]) * 1e9) for r in (peer, row)]
         assert float(row["ideal_speedup"]) == pytest.approx(shortest[0] / shortest[1], rel=1e-2)
         if row["form"] == "dense":

@@ -397,6 +397,14 @@ def test_every_listed_backend_can_be_forced(small):
             resmoe_kernels.experts(*small[1], small[0])
 
 
+def test_a_forced_backend_serves_no_other_device(small):
+    layer, call = small[0].to("meta"), [t.to("meta") for t in small[1]]
+    assert resmoe_kernels.experts(*call, layer).is_meta
+    sentence = r"^experts: the cpu kernels do not serve x on meta; use backend\('auto'\) or backend\('reference'\)$"
+    with resmoe_kernels.backend("cpu"), pytest.raises(ValueError, match=sentence):
+        resmoe_kernels.experts(*call, layer)
+
+
 def test_backend_holds_in_every_thread(small):
     """A server loads on one thread and answers on others."""
     seen: list[str] = []

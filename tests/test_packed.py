@@ -416,6 +416,31 @@ def test_wrong_arguments_are_refused(make_layer, generator, which, fake):
             ops.experts_packed(*call)
 
 
+NO_CALL: dict[str, tuple[Callable[[list], object], str]] = {
+    "x's dtype": (lambda c: c.__setitem__(0, c[0].double()),
+                  "experts: x must be (T, 45) bfloat16, float16 or float32, got (9, 45) Double"),
+    "x's width": (lambda c: c.__setitem__(0, c[0][:, 1:]),
+                  "experts: x must be (T, 45) bfloat16, float16 or float32, got (9, 44) Float, not contiguous"),
+    "index": (lambda c: c.__setitem__(1, c[1][:8]),
+              "experts: top_k_index must be (9, top_k) int32 or int64, got (8, 3) Long"),
+    "weights": (lambda c: c.__setitem__(2, c[2][:, :2]), "experts: top_k_weights must be (9, 3), got (9, 2) Float"),
+    "hidden_size": (lambda c: c.__setitem__(4, 44),
+                    "experts: hidden_size must be 45, that of the packed layer, got 44"),
+    "activation": (lambda c: c.__setitem__(5, "swish"),
+                   "experts: activation must be silu, gelu, gelu_tanh, relu, relu2 or identity, got 'swish'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", NO_CALL)
+def test_the_op_refuses_what_the_wrapper_would(make_layer, generator, which):
+    """The extension checks by itself: who calls the op passes no wrapper."""
+    change, sentence = NO_CALL[which]
+    call = [*inputs(generator), PackedExperts.pack(make_layer(**EVERYTHING)).block, 45, "silu"]
+    change(call)
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
+        torch.ops.resmoe.experts_packed(*call)
+
+
 # ---- a layer that holds it
 
 
@@ -468,6 +493,31 @@ def test_load_state_dict_into_a_packed_layer(layer, weights, assign):
         layer.load_state_dict({**changed, "group": torch.full((6,), 9, dtype=torch.int32)})
 
 
+def test_a_refused_load_does_not_end_packing(layer, weights, generator):
+    """Contents that lead out of bounds are refused by the load and by every call; the next good load is packed."""
+    bad = {name: tensor.clone() for name, tensor in weights.tensors().items()}
+    bad["rank_offsets_down"][2] = 99
+    sentence = "^rank_offsets_down: must rise from 0 to 62 without falling, got 99 at place 2$"
+    call = inputs(generator, torch.bfloat16)
+    with pytest.raises(ValueError, match=sentence):
+        layer.load_state_dict(bad)
+    with pytest.raises(ValueError, match=sentence):
+        layer(*call)
+    layer.load_state_dict(weights.tensors())
+    assert layer.packed is not None
+    assert_same(layer.weights, weights)
+
+
+def test_emptied_and_loaded_a_layer_is_packed(layer, weights):
+    """As a model that was built on meta: to_empty leaves whatever memory held, which need not be a layer."""
+    layer.to("meta")
+    layer._apply(lambda t: torch.full_like(t, 77, device="cpu"))  # to_empty, with what memory may have held
+    assert layer.packed is None
+    layer.load_state_dict(weights.tensors())
+    assert layer.packed is not None
+    assert_same(layer.weights, weights)
+
+
 def test_moves_that_change_nothing_pack_nothing_anew(layer):
     block = layer.packed.block
     for same in (lambda: layer.to("cpu"), lambda: layer.bfloat16(), lambda: layer.to(torch.bfloat16), layer.cpu):
@@ -495,6 +545,12 @@ def test_a_dtype_that_is_not_served_stays_unpacked_until_it_is(layer, weights):
 def test_a_layer_on_another_device_is_not_packed(layer):
     layer.to("meta")
     assert layer.packed is None and not layer.pack()
+
+
+def test_a_move_to_the_default_device_is_one(layer):
+    with torch.device("meta"):
+        layer.to("meta")
+    assert layer.packed is None
 
 
 def test_a_layer_that_was_never_packed_stays_so(weights):

@@ -1,11 +1,13 @@
 #include "../experts.h"
 
 #include <algorithm>
-#include <cstdlib>
+#include <array>
+#include <atomic>
 #include <cstring>
-#include <memory>
-#include <new>
+#include <vector>
 
+#include "arena.h"
+#include "matrix.h"
 #include "phases.h"
 #include "routing.h"
 
@@ -14,113 +16,6 @@ namespace {
 
 // Tokens that are worked on at once: their sums for one panel (128 KiB) stay in the second-level cache.
 constexpr int64_t kMaxTokens = 512;
-
-constexpr int64_t rounded_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// One allocation, handed out in parts of whole cache lines.
-class Arena {
- public:
-  template <typename T>
-  int64_t plan(int64_t count) {
-    const int64_t at = bytes_;
-    bytes_ += rounded_up(count * static_cast<int64_t>(sizeof(T)), kAlignment);
-    return at;
-  }
-  void allocate() {
-    block_.reset(
-        static_cast<std::byte*>(std::aligned_alloc(kAlignment, static_cast<size_t>(bytes_ + kAlignment))));
-    if (!block_) throw std::bad_alloc();
-  }
-  std::byte* at(int64_t offset) const { return block_.get() + offset; }
-
- private:
-  struct Free {
-    void operator()(std::byte* block) const { std::free(block); }
-  };
-  int64_t bytes_ = 0;
-  std::unique_ptr<std::byte, Free> block_;
-};
-
-// Rows of operands, one a pair, an item or a token.
-struct Operands {
-  std::byte* rows = nullptr;
-  int64_t row_bytes = 0;
-  int64_t element = 0;
-  std::byte* row(int64_t i) const { return rows + i * row_bytes; }
-  std::byte* at(int64_t i, int64_t column) const { return row(i) + column * element; }
-};
-
-// One matrix of a layer: where its panels are.
-class Matrix {
- public:
-  Matrix(const PackedHeader& header, const PackedMatrix& matrix)
-      : block_(reinterpret_cast<const std::byte*>(&header)), dtype_(header.dtype), m_(matrix) {}
-
-  bool has_base() const { return m_.base != 0; }
-  bool has_low_rank() const { return m_.u != 0; }
-  bool is_sparse() const { return m_.mask != 0; }
-
-  int64_t rank(int64_t expert) const {
-    if (!has_low_rank()) return 0;
-    const auto* offsets = part<int32_t>(m_.rank_offsets);
-    return offsets[expert + 1] - offsets[expert];
-  }
-
-  // Bias of an expert from a row tile on, or null.
-  const float* bias(int64_t expert, int64_t tile) const {
-    return m_.bias == 0 ? nullptr : part<float>(m_.bias) + (expert * m_.tiles() + tile) * kTileRows;
-  }
-
-  // Panels over the rows of the matrix: `count` tiles from `first` on, in every half.
-  Panel base(int64_t group, int64_t first, int64_t count) const {
-    const int64_t bytes = tile_bytes(m_.columns, dtype_);
-    return dense(part(m_.base) + group * m_.tiles() * bytes, m_.columns, first, count);
-  }
-  Panel u(int64_t expert, int64_t first, int64_t count) const {
-    return dense(part(m_.u) + part<int64_t>(m_.u_starts)[expert], rank(expert), first, count);
-  }
-  Panel sparse(int64_t expert, int64_t first, int64_t count) const {
-    Panel panel{m_.columns};
-    const int64_t words = even(m_.columns) / 2;
-    for_tiles(first, count, [&](int64_t tile) {
-      const int64_t at = expert * m_.tiles() + tile;
-      panel.values[panel.tiles] = part(m_.values) + part<int64_t>(m_.tile_starts)[at] * size_of(dtype_);
-      panel.masks[panel.tiles++] = part<uint32_t>(m_.mask) + at * words;
-    });
-    return panel;
-  }
-  // A panel over the ranks of an expert: tiles [first, first + 4) of its V.
-  Panel v(int64_t expert, int64_t first) const {
-    Panel panel{m_.columns};
-    const std::byte* tiles = part(m_.v) + part<int64_t>(m_.v_starts)[expert];
-    const int64_t end = std::min(first + kPanelTiles, tiles_of(rank(expert)));
-    for (int64_t tile = first; tile < end; ++tile)
-      panel.values[panel.tiles++] = tiles + tile * tile_bytes(m_.columns, dtype_);
-    return panel;
-  }
-
- private:
-  template <typename T = std::byte>
-  const T* part(int64_t offset) const {
-    return reinterpret_cast<const T*>(block_ + offset);
-  }
-  template <typename Visit>
-  void for_tiles(int64_t first, int64_t count, const Visit& visit) const {
-    for (int64_t half = 0; half < m_.halves; ++half)
-      for (int64_t tile = first; tile < first + count; ++tile) visit(half * m_.half_tiles + tile);
-  }
-  Panel dense(const std::byte* tiles, int64_t columns, int64_t first, int64_t count) const {
-    Panel panel{columns};
-    for_tiles(first, count, [&](int64_t tile) {
-      panel.values[panel.tiles++] = tiles + tile * tile_bytes(columns, dtype_);
-    });
-    return panel;
-  }
-
-  const std::byte* block_;
-  Dtype dtype_;
-  const PackedMatrix& m_;
-};
 
 enum Phase { shrink, gate_up, shrink_down, down, kPhases };
 
@@ -225,7 +120,6 @@ class Layer {
     scratch_.sums = arena_.plan<float*>(rows);
     scratch_.multiply = arena_.plan<std::byte>(kernels_.multiply_scratch);
     scratch_.bytes = arena_.plan<std::byte>(0) - scratch_.a;
-    scratch_.count = threads;
     arena_.plan<std::byte>((threads - 1) * scratch_.bytes);
     arena_.allocate();
 
@@ -279,7 +173,14 @@ class Layer {
   Panel down_of_group(size_t group, int64_t task) const {
     const int64_t first = task * kPanelTiles, tiles = std::min(kPanelTiles, header_.down.half_tiles - first);
     if (routing_.groups[group].id >= 0) return down_.base(routing_.groups[group].id, first, tiles);
-    return residual(down_, 0, first, tiles);
+    return residual(down_, routing_.groups[group].experts_begin, first, tiles);
+  }
+  // Whether a group's base is added to its experts' sparse residuals as they are expanded, and not multiplied
+  // on its own: pays where its tokens are many for the experts they hit.
+  bool onto_base(const Matrix& matrix, const Routing::Group& group) const {
+    const int64_t saved = group.items_end - group.items_begin;
+    const int64_t cost = kernels_.base_cost * (group.experts_end - group.experts_begin);
+    return group.id >= 0 && matrix.is_sparse() && kernels_.base_cost > 0 && saved > cost;
   }
   // The first of an expert's residuals; empty where it has none.
   Panel residual(const Matrix& matrix, int64_t expert, int64_t first, int64_t tiles) const {
@@ -353,8 +254,10 @@ class Layer {
       const int64_t items = group.items_end - group.items_begin;
       const Panel after_group =
           g + 1 < routing_.groups.size() ? gate_up_of_group(g + 1, task) : panel_after(gate_up, task);
+      const bool with_base = group.id >= 0 && !onto_base(gate_up_, group);
       std::memset(scratch.a, 0, static_cast<size_t>(items * width) * sizeof(float));
-      if (group.id >= 0) {
+      std::memset(scratch.sum, 0, static_cast<size_t>(items * n) * sizeof(float));
+      if (with_base) {
         const Panel first_residual = residual(gate_up_, group.experts_begin, first, tiles);
         const Panel* next = first_residual.tiles > 0 ? &first_residual : &after_group;
         for (int64_t i = 0; i < items; ++i) {
@@ -363,15 +266,13 @@ class Layer {
         }
         kernels_.multiply(gate_up_.base(group.id, first, tiles), scratch.rows, scratch.out, items, next,
                           scratch.multiply);
-        std::memset(scratch.sum, 0, static_cast<size_t>(items * n) * sizeof(float));
       }
       for (int64_t e = group.experts_begin; e < group.experts_end; ++e) {
         const bool last_expert = e + 1 == group.experts_end;
         const Panel next = last_expert ? after_group : residual(gate_up_, e + 1, first, tiles);
-        run_gate_up_expert(routing_.experts[static_cast<size_t>(e)], group.id >= 0, first, tiles, next,
-                           scratch);
+        run_gate_up_expert(routing_.experts[static_cast<size_t>(e)], group, first, tiles, next, scratch);
       }
-      if (group.id < 0) continue;
+      if (group.id < 0 || onto_base(down_, group)) continue;  // no one reads sum w h
       for (int64_t i = 0; i < items; ++i) {
         kernels_.to_operand(scratch.sum + i * n, h_sum_.at(group.items_begin + i, column), kept);
         if (last) clear(h_sum_, group.items_begin + i, header_.intermediate);
@@ -379,8 +280,8 @@ class Layer {
     }
   }
 
-  void run_gate_up_expert(const Routing::Expert& expert, bool with_sum, int64_t first, int64_t tiles,
-                          const Panel& next, const Scratch& scratch) const {
+  void run_gate_up_expert(const Routing::Expert& expert, const Routing::Group& group, int64_t first,
+                          int64_t tiles, const Panel& next, const Scratch& scratch) const {
     const int64_t m = expert.pairs_end - expert.pairs_begin, begin = expert.pairs_begin;
     const int64_t n = kTileRows * tiles, width = n * header_.gate_up.halves, column = kTileRows * first;
     for (int64_t i = 0; i < m; ++i) {
@@ -398,15 +299,15 @@ class Layer {
                         scratch.multiply);
     }
     if (gate_up_.is_sparse())
-      kernels_.multiply(gate_up_.sparse(expert.id, first, tiles), x_of_pairs() + begin, scratch.out, m, &next,
-                        scratch.multiply);
+      kernels_.multiply(gate_up_.sparse(expert.id, first, tiles, onto_base(gate_up_, group) ? group.id : -1),
+                        x_of_pairs() + begin, scratch.out, m, &next, scratch.multiply);
     for (int64_t i = 0; i < m; ++i) {
       scratch.rows[i] = h_.at(begin + i, column);
       scratch.sums[i] = scratch.sum + routing_.pair_item[static_cast<size_t>(begin + i)] * n;
     }
     kernels_.activate(call_.activation, header_.gated != 0, scratch.z, width,
                       &routing_.pair_weight[static_cast<size_t>(begin)], scratch.rows,
-                      with_sum ? scratch.sums : nullptr, m, n);
+                      group.id >= 0 && !onto_base(down_, group) ? scratch.sums : nullptr, m, n);
     if (column + n >= header_.intermediate)
       for (int64_t i = 0; i < m; ++i) clear(h_, begin + i, header_.intermediate);
   }
@@ -423,39 +324,46 @@ class Layer {
     const Panel after_task = panel_after(down, task);
     for (size_t g = 0; g < routing_.groups.size(); ++g) {
       const Routing::Group& group = routing_.groups[g];
-      if (group.id < 0) continue;
-      const Panel next =
-          g + 1 < routing_.groups.size() ? down_of_group(g + 1, task) : residual(down_, 0, first, tiles);
-      const int64_t items = group.items_end - group.items_begin;
-      for (int64_t i = 0; i < items; ++i) {
-        scratch.rows[i] = h_sum_.row(group.items_begin + i);
-        scratch.out[i] = y + routing_.item_token[static_cast<size_t>(group.items_begin + i)] * n;
-      }
-      kernels_.multiply(down_.base(group.id, first, tiles), scratch.rows, scratch.out, items,
-                        next.tiles > 0 ? &next : &after_task, scratch.multiply);
-    }
-    const auto experts = static_cast<int64_t>(routing_.experts.size());
-    for (int64_t e = 0; e < experts; ++e) {
-      const Routing::Expert& expert = routing_.experts[static_cast<size_t>(e)];
-      const Panel next = e + 1 < experts ? residual(down_, e + 1, first, tiles) : after_task;
-      const int64_t m = expert.pairs_end - expert.pairs_begin, begin = expert.pairs_begin;
-      const float* bias = down_.bias(expert.id, first);
-      for (int64_t i = 0; i < m; ++i) {
-        scratch.rows[i] = y_low_.row(begin + i);
-        scratch.out[i] = y + routing_.pair_token[static_cast<size_t>(begin + i)] * n;
-        const float weight = routing_.pair_weight[static_cast<size_t>(begin + i)];
-        for (int64_t c = 0; bias != nullptr && c < n; ++c) scratch.out[i][c] += weight * bias[c];
-      }
-      if (down_.rank(expert.id) > 0)
-        kernels_.multiply(down_.u(expert.id, first, tiles), scratch.rows, scratch.out, m, &next,
+      const Panel after_group = g + 1 < routing_.groups.size() ? down_of_group(g + 1, task) : after_task;
+      if (group.id >= 0 && !onto_base(down_, group)) {
+        const int64_t items = group.items_end - group.items_begin;
+        for (int64_t i = 0; i < items; ++i) {
+          scratch.rows[i] = h_sum_.row(group.items_begin + i);
+          scratch.out[i] = y + routing_.item_token[static_cast<size_t>(group.items_begin + i)] * n;
+        }
+        const Panel first_residual = residual(down_, group.experts_begin, first, tiles);
+        const Panel& next = first_residual.tiles > 0 ? first_residual : after_group;
+        kernels_.multiply(down_.base(group.id, first, tiles), scratch.rows, scratch.out, items, &next,
                           scratch.multiply);
-      if (down_.is_sparse())
-        kernels_.multiply(down_.sparse(expert.id, first, tiles), h_rows_.data() + begin, scratch.out, m,
-                          &next, scratch.multiply);
+      }
+      for (int64_t e = group.experts_begin; e < group.experts_end; ++e) {
+        const Panel next = e + 1 < group.experts_end ? residual(down_, e + 1, first, tiles) : after_group;
+        run_down_expert(routing_.experts[static_cast<size_t>(e)], group, first, tiles, next, y, scratch);
+      }
     }
     auto* to = static_cast<std::byte*>(call_.y);
     for (int64_t t = 0; t < call_.tokens; ++t)
       kernels_.store(call_.dtype, y + t * n, to + (t * header_.hidden + column) * size_of(call_.dtype), kept);
+  }
+
+  void run_down_expert(const Routing::Expert& expert, const Routing::Group& group, int64_t first,
+                       int64_t tiles, const Panel& next, float* y, const Scratch& scratch) const {
+    const int64_t m = expert.pairs_end - expert.pairs_begin, begin = expert.pairs_begin,
+                  n = kTileRows * tiles;
+    const float* bias = down_.bias(expert.id, first);
+    for (int64_t i = 0; i < m; ++i) {
+      scratch.rows[i] = y_low_.row(begin + i);
+      scratch.out[i] = y + routing_.pair_token[static_cast<size_t>(begin + i)] * n;
+      const float weight = routing_.pair_weight[static_cast<size_t>(begin + i)];
+      for (int64_t c = 0; bias != nullptr && c < n; ++c) scratch.out[i][c] += weight * bias[c];
+    }
+    if (down_.rank(expert.id) > 0)
+      kernels_.multiply(down_.u(expert.id, first, tiles), scratch.rows, scratch.out, m, &next,
+                        scratch.multiply);
+    if (down_.is_sparse()) {
+      const Panel panel = down_.sparse(expert.id, first, tiles, onto_base(down_, group) ? group.id : -1);
+      kernels_.multiply(panel, h_rows_.data() + begin, scratch.out, m, &next, scratch.multiply);
+    }
   }
 
   const PackedHeader& header_;
@@ -473,7 +381,7 @@ class Layer {
   Operands x_, z_low_, h_, h_sum_, y_low_;
   std::vector<const void*> x_rows_, h_rows_;  // of pairs
   struct {
-    int64_t a, z, sum, rows, out, sums, multiply, bytes, count;
+    int64_t a, z, sum, rows, out, sums, multiply, bytes;
   } scratch_{};
   std::atomic<int64_t> taken_{0};
 };

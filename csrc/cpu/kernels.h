@@ -26,6 +26,8 @@ struct Panel {
   int64_t tiles = 0;
   const std::byte* values[kPanelTiles] = {};  // a tile; in a sparse matrix its first stored value
   const uint32_t* masks[kPanelTiles] = {};    // sparse only, else null
+  // Sparse only, and only where Kernels::base_cost says so: dense tiles that the stored values are added to.
+  const std::byte* base[kPanelTiles] = {};
 };
 
 struct Kernels {
@@ -39,6 +41,11 @@ struct Kernels {
   void (*multiply)(const Panel& panel, const void* const* x, float* const* out, int64_t m, const Panel* next,
                    std::byte* scratch);
   int64_t multiply_scratch;
+
+  // What it costs to add a sparse panel to a dense one while it is expanded, in rows of a multiply: where
+  // fewer rows are saved, multiplying both is cheaper. 0: multiply does not do it. The sums are rounded to
+  // the type of the weights, as the weights of a dense layer are.
+  int64_t base_cost;
 
   // h[i][c] = operand(w[i] f(z[i])[c]), and, where sum is not null, sum[i][c] += w[i] f(z[i])[c] in float32,
   // for i in [0, m), c in [0, n), n a multiple of 16. Gated: f(z)[c] = act(z[c]) * z[n + c]; else act(z[c]).

@@ -11,8 +11,8 @@
 //     round              to the nearest integer
 //     times_power(x, n)  x 2^n, infinite past the range; n integral within [-151, 151]
 //     where_negative(z, a, b)   a where z < 0, else b
-//     load_bfloat16, store_bfloat16, load_float16, store_float16   16 elements, to nearest even, NaN stays
-//     NaN
+//     load_bfloat16, store_bfloat16, load_float16, store_float16
+//                        16 elements, to nearest even, NaN stays NaN
 //
 // Step: how two columns of a tile meet two elements of an operand.
 //     weight, operand    their types
@@ -22,6 +22,8 @@
 //     load(bytes)        a Line of a dense tile
 //     expand(values, mask)   a Line of a sparse tile: value after value to the set bits
 //     store(bytes, line)     the inverse of load
+//     kBaseCost              Kernels::base_cost; where it is not 0:
+//     add(line, line)        the sum, rounded to the type of the weights
 //     Pair, pair(x, step)    two elements of an operand for all lanes
 //     dot(sum, line, pair)   sum + line . pair
 
@@ -303,12 +305,12 @@ void multiply_tiles(const Panel& panel, int64_t first, const void* const* x, flo
   const int64_t steps = even(panel.columns) / 2, column = kTileRows * first;
   Sparse<Step> sparse[kTiles] = {};
   Dense<Step> dense[kTiles] = {};
-  const bool is_sparse = panel.masks[0] != nullptr;
+  const bool is_sparse = panel.masks[0] != nullptr, onto_base = panel.base[0] != nullptr;
   for (int j = 0; j < kTiles; ++j) {
     if (is_sparse) sparse[j] = {panel.values[first + j], panel.masks[first + j]};
     dense[j] = {panel.values[first + j], nullptr};
   }
-  if (is_sparse && m <= Step::kRows)
+  if (is_sparse && !onto_base && m <= Step::kRows)
     return block_of_rows<Step, Sparse<Step>, kTiles, Ask::own>(m, sparse, 0, steps, 0, x, out, column);
 
   for (int64_t x0 = 0; x0 < steps; x0 += kColumnBlock / 2) {
@@ -318,7 +320,15 @@ void multiply_tiles(const Panel& panel, int64_t first, const void* const* x, flo
       for (int64_t s = 0; s < width; ++s) {
         for (int j = 0; j < kTiles; ++j) {
           sparse[j].ask_ahead(s);
-          Step::store(scratch + (j * (kColumnBlock / 2) + s) * Step::kBytes, sparse[j].next());
+          auto line = sparse[j].next();
+          if constexpr (Step::kBaseCost > 0) {
+            if (onto_base) {
+              const std::byte* base = panel.base[first + j] + (x0 + s) * Step::kBytes;
+              prefetch(base + kPrefetchBytes);
+              line = Step::add(line, Step::load(base));
+            }
+          }
+          Step::store(scratch + (j * (kColumnBlock / 2) + s) * Step::kBytes, line);
         }
       }
     }
@@ -372,6 +382,7 @@ inline constexpr Kernels table = {
     Step::operand,
     multiply<Step>,
     Step::kTiles*(kColumnBlock / 2) * Step::kBytes,
+    Step::kBaseCost,
     activate<Step::operand>,
     to_operand<Step::operand>,
     load_operand<Step::operand>,

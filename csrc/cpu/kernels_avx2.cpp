@@ -192,6 +192,7 @@ struct WideningStep {
       Lanes::store_float16(words + 16, line.odd);
     }
   }
+  static constexpr int64_t kBaseCost = 0;  // as in lanes_avx512.inl
   static Pair pair(const void* x, int64_t step) { return {static_cast<const float*>(x) + 2 * step}; }
   static Lanes::Floats dot(Lanes::Floats sum, Line line, Pair pair) {
     return Lanes::fma(line.odd, Lanes::set(pair.x[1]), Lanes::fma(line.even, Lanes::set(pair.x[0]), sum));

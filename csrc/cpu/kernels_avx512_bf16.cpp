@@ -34,6 +34,18 @@ struct PairStep {
   static Line load(const std::byte* bytes) { return _mm512_loadu_si512(bytes); }
   static Line expand(const std::byte* values, uint32_t mask) { return ExpandWords::expand(values, mask); }
   static void store(std::byte* bytes, Line line) { _mm512_storeu_si512(bytes, line); }
+  // Measured with 512 tokens and 8 of 32 kept: where the base saved 8 rows an expert, adding it was 7 %
+  // faster than multiplying it; where it saved 4, it was 4 % slower.
+  static constexpr int64_t kBaseCost = 5;
+  static Line add(Line a, Line b) {
+    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    const __m512 even = _mm512_add_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)),
+                                      _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)));
+    const __m512 odd = _mm512_add_ps(_mm512_castsi512_ps(_mm512_and_si512(a, high)),
+                                     _mm512_castsi512_ps(_mm512_and_si512(b, high)));
+    const auto words = [](__m512 sums) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(sums)); };
+    return _mm512_or_si512(words(even), _mm512_slli_epi32(words(odd), 16));
+  }
   static Pair pair(const void* x, int64_t step) {
     int32_t both;
     __builtin_memcpy(&both, static_cast<const uint16_t*>(x) + 2 * step, 4);

@@ -164,6 +164,7 @@ struct WideningStep {
       Lanes::store_float16(words + 16, line.odd);
     }
   }
+  static constexpr int64_t kBaseCost = 0;  // as in lanes_avx512.inl
   static Pair pair(const void* x, int64_t step) {
     const auto* both = static_cast<const float*>(x) + 2 * step;
     return {both[0], both[1]};

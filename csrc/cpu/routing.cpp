@@ -12,8 +12,8 @@ Routing route(const Index* index, const float* weights, int64_t tokens, int64_t 
   const auto in_range = [&](int64_t slot) { return index[slot] >= 0 && index[slot] < num_experts; };
   const auto group = [&](int32_t expert) { return group_of == nullptr ? -1 : group_of[expert]; };
 
-  std::vector<int64_t> place(static_cast<size_t>(num_experts),
-                             0);  // first pairs, then where the next one goes
+  // Of each expert the number of its pairs, then where the next one goes.
+  std::vector<int64_t> place(static_cast<size_t>(num_experts), 0);
   for (int64_t s = 0; s < slots; ++s)
     if (in_range(s)) ++place[static_cast<size_t>(index[s])];
   for (int32_t e = 0; e < num_experts; ++e)

@@ -238,6 +238,38 @@ void rows_do_not_mix(const Table& table) {
     }
 }
 
+// Where a table adds sparse panels to dense ones, every weight is the sum rounded to its type once: exact
+// with integers up to 12, and within a rounding of each weight otherwise.
+void bases_are_added(const Table& table) {
+  const Kernels& kernels = *table.kernels;
+  if (kernels.base_cost == 0) return;
+  CHECK(kernels.weight == Dtype::bfloat16, "%s: how exact must its sums be?", table.name.c_str());
+  const Bytes scratch(kernels.multiply_scratch);
+  for (const Numbers numbers : {Numbers::integers, Numbers::any})
+    for (const int64_t k : {1, 33, 100, 2082}) {
+      const Problem problem(k, numbers);
+      Problem under = problem;
+      std::rotate(under.weights.begin(), under.weights.begin() + 1, under.weights.end());
+      Packed packed(problem, kernels.weight, true);
+      const Packed base(under, kernels.weight, false);
+      for (int64_t tile = 0; tile < 4; ++tile) packed.panel.base[tile] = base.panel.values[tile];
+      const auto stored = problem.product(true, false), below = under.product(false, false);
+      const auto magnitude = problem.product(true, true), magnitude_below = under.product(false, true);
+      const double rounding = numbers == Numbers::integers ? 0 : 0x1.01p-8;  // half a unit of a bfloat16
+      for (const int64_t m : {1, 5, 7, 20}) {
+        const OperandRows x(problem, kernels.operand, m, Rows::packed);
+        const Output out(m, kOutputs, 1, 0.0f);
+        kernels.multiply(packed.panel, x.rows.data(), out.rows.data(), m, nullptr, scratch.data());
+        for (size_t i = 0; i < static_cast<size_t>(m * kOutputs); ++i) {
+          const double error = std::fabs(double{out.block.floats()[i]} - stored[i] - below[i]);
+          CHECK(error <= rounding * (magnitude[i] + magnitude_below[i]),
+                "%s: error %g at %zu of %lld columns", table.name.c_str(), error, i,
+                static_cast<long long>(k));
+        }
+      }
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -246,6 +278,7 @@ int main() {
     products_are_exact(table, Numbers::special, {7, 70});
     sums_are_float32(table);
     rows_do_not_mix(table);
+    bases_are_added(table);
   }
   return report();
 }
