@@ -320,14 +320,16 @@ const resmoe::PackedHeader& header_of(const Tensor& packed) {
 }
 
 // The tensors that were packed, their names, and num_experts, hidden_size, intermediate_size, gated.
-std::tuple<std::vector<Tensor>, std::vector<std::string>, std::vector<int64_t>> unpack(Tensor packed) {
+// The tensors, for each the number of the argument of `pack` that it was (names would leak: torch 2.13 copies and
+// does not free strings that an op returns), and the sizes E, H, I, gated.
+std::tuple<std::vector<Tensor>, std::vector<int64_t>, std::vector<int64_t>> unpack(Tensor packed) {
   header_of(packed);
   const Factored<const void> sizes = resmoe::packed_sizes(packed.const_data_ptr());
   const ScalarType dtype = scalar_type_of(sizes.dtype);
   std::vector<Tensor> tensors;
-  std::vector<std::string> names;
-  const auto make = [&](const std::string& name, const std::vector<int64_t>& shape, ScalarType of) {
-    names.push_back(name);
+  std::vector<int64_t> arguments;
+  const auto make = [&](int64_t argument, const std::vector<int64_t>& shape, ScalarType of) {
+    arguments.push_back(argument);
     tensors.push_back(torch::stable::empty(shape, of));
     return tensors.back().mutable_data_ptr();
   };
@@ -335,33 +337,33 @@ std::tuple<std::vector<Tensor>, std::vector<std::string>, std::vector<int64_t>> 
   Factored<void> to;
   to.experts = sizes.experts, to.hidden = sizes.hidden, to.intermediate = sizes.intermediate;
   to.groups = sizes.groups, to.dtype = sizes.dtype, to.gated = sizes.gated;
-  if (sizes.group != nullptr) to.group = make("group", {to.experts}, ScalarType::Int);
+  if (sizes.group != nullptr) to.group = make(0, {to.experts}, ScalarType::Int);
   for (const bool down : {false, true}) {
     const FactoredMatrix<const void>& from = down ? sizes.down : sizes.gate_up;
     FactoredMatrix<void>& f = down ? to.down : to.gate_up;
-    const std::string name = down ? "down" : "gate_up";
+    const int64_t low_rank = down ? 6 : 3, sparse = down ? 12 : 9;  // the first of their arguments
     const int64_t rows = to.rows(down), columns = to.columns(down),
                   words = columns / 32 + (columns % 32 != 0);
     f.ranks = from.ranks, f.nnz = from.nnz;
     f.block_kept = from.block_kept, f.row_offset_size = from.row_offset_size;
-    if (sizes.group != nullptr) f.base = make("base_" + name, {to.groups, rows, columns}, dtype);
+    if (sizes.group != nullptr) f.base = make(down ? 2 : 1, {to.groups, rows, columns}, dtype);
     if (from.rank_offsets != nullptr) {
-      f.u = make("u_" + name, {f.ranks, rows}, dtype);
-      f.v = make("v_" + name, {f.ranks, columns}, dtype);
-      f.rank_offsets = make("rank_offsets_" + name, {to.experts + 1}, ScalarType::Int);
+      f.u = make(low_rank, {f.ranks, rows}, dtype);
+      f.v = make(low_rank + 1, {f.ranks, columns}, dtype);
+      f.rank_offsets = make(low_rank + 2, {to.experts + 1}, ScalarType::Int);
     }
     if (from.mask != nullptr) {
-      f.mask = make("mask_" + name, {to.experts, rows, words}, ScalarType::Int);
-      f.values = f.block_kept != 0 ? make("values_" + name, {to.experts, rows, words, f.block_kept}, dtype)
-                                   : make("values_" + name, {f.nnz}, dtype);
+      f.mask = make(sparse, {to.experts, rows, words}, ScalarType::Int);
+      f.values = f.block_kept != 0 ? make(sparse + 1, {to.experts, rows, words, f.block_kept}, dtype)
+                                   : make(sparse + 1, {f.nnz}, dtype);
       if (f.block_kept == 0)
-        f.row_offsets = make("row_offsets_" + name, {to.experts * rows + 1},
+        f.row_offsets = make(sparse + 2, {to.experts * rows + 1},
                              f.row_offset_size == 4 ? ScalarType::Int : ScalarType::Long);
     }
-    if (from.bias != nullptr) f.bias = make("bias_" + name, {to.experts, rows}, dtype);
+    if (from.bias != nullptr) f.bias = make(down ? 16 : 15, {to.experts, rows}, dtype);
   }
   resmoe::unpack(packed.const_data_ptr(), to, parallel_for);
-  return {tensors, names, {to.experts, to.hidden, to.intermediate, to.gated ? 1 : 0}};
+  return {tensors, arguments, {to.experts, to.hidden, to.intermediate, to.gated ? 1 : 0}};
 }
 
 // ---- the expert layer

@@ -89,7 +89,7 @@ def explain(weights: FactoredExperts | PackedExperts, activation: str = "silu") 
     elif not able:
         backend = f"reference (no compiled kernel for {device} is built)"
     elif reason is not None:
-        backend = f"reference (the {device} kernels do not serve {reason})"
+        backend = f"{'refused' if _forced == device else 'reference'} (the {device} kernels do not serve {reason})"
     else:
         anew = "" if packed else "; packed anew for every call, PackedExperts.pack does it once"
         return f"resmoe::experts on {device}: {able[0]} ({torch.ops.resmoe.cpu_isa()}{anew})"
@@ -311,7 +311,7 @@ _differentiable("experts")
 # ---- packed: one block of memory that compiled kernels read, see csrc/packed.h
 
 _lib.define(f"pack({_WEIGHTS_ARGUMENTS}) -> Tensor")
-_lib.define("unpack(Tensor packed) -> (Tensor[] tensors, str[] names, int[] sizes)")
+_lib.define("unpack(Tensor packed) -> (Tensor[] tensors, int[] arguments_of_pack, int[] sizes)")
 PACKED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of x, and of weights
 
 
@@ -326,8 +326,8 @@ def _pack_flat(weights: Sequence) -> Tensor:
 
 def unpack(packed: Tensor) -> FactoredExperts:
     """The inverse of ``pack``, bit by bit."""
-    tensors, names, sizes = torch.ops.resmoe.unpack(packed)
-    named = dict(zip(names, tensors, strict=True))
+    tensors, arguments, sizes = torch.ops.resmoe.unpack(packed)
+    named = dict(zip([TENSOR_NAMES[i] for i in arguments], tensors, strict=True))
     E, H, inner, gated = sizes
     return FactoredExperts.from_tensors(named, num_experts=E, hidden_size=H, intermediate_size=inner, gated=bool(gated))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import shlex
@@ -36,6 +37,22 @@ def test_the_demo_table_is_there_and_its_bytes_are_true(tmp_path):
         layers = inspect_checkpoint(out)
         assert rows["dense"] == f"{sum(layer['bytes_dense'] for layer in layers):,}"
         assert rows[f"{residual} 0.25"] == f"{sum(layer['bytes_now'] for layer in layers):,}"
+
+
+def test_the_speeds_shown_are_those_of_the_results():
+    """Speed-up and ideal of every cell, from the CSV that the benchmark wrote."""
+    shapes = {"Mixtral": "mixtral", "DeepSeek": "dsv2lite", "Qwen3": "qwen3", "OLMoE": "olmoe", "Switch": "switch32"}
+    forms = {"low rank": "lowrank", "block sparse": "block"}
+    with (REPO / "benchmarks" / "results" / "experts.csv").open() as file:
+        measured = {(r["shape"], r["tokens"], r["implementation"]): r for r in csv.DictReader(file)}
+    tokens = re.search(r"^\| one layer, speed-up \(ideal\) \|(.*)\|$", README, re.MULTILINE)[1]
+    tokens = [cell.split("=")[1].strip() for cell in tokens.split("|")]
+    shown = re.findall(r"^\| (\w+)[^|]*, (low rank|block sparse) \|(.*)\|$", README, re.MULTILINE)
+    assert len(shown) == len(shapes) * len(forms)
+    for shape, form, cells in shown:
+        for t, cell in zip(tokens, cells.split("|"), strict=True):
+            row = measured[shapes[shape], t, f"resmoe {forms[form]}"]
+            assert cell.strip() == f"{float(row['speedup']):.2f} ({float(row['ideal_speedup']):.2f})"
 
 
 COMMANDS = [shlex.split(line.split("#")[0]) for line in README.splitlines() if line.startswith("    resmoe ")]
