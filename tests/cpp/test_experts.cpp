@@ -266,7 +266,8 @@ void check_against_double(const Layer& layer, const Inputs& in, const std::vecto
       for (size_t r = 0; r < hidden; ++r) y[r] += double(in.weights[s]) * out[r];
     }
     for (size_t r = 0; r < hidden; ++r) {
-      error = std::max(error, std::abs(y[r] - double(got[t * hidden + r])));
+      const double here = std::abs(y[r] - double(got[t * hidden + r]));
+      if (std::isnan(here) || here > error) error = here;  // NaN, of a row that was not written, stays
       scale = std::max(scale, std::abs(y[r]));
     }
   }
