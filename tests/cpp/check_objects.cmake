@@ -1,5 +1,6 @@
 # No instruction may stand in an object whose instruction set lacks it, and no function may be shared between
 # objects of different instruction sets: linkers keep any one of its copies. Run with OBJDUMP and OBJECTS.
+cmake_minimum_required(VERSION 3.20)
 set(tiles tdpbf16ps tileloadd tilestored tilezero ldtilecfg tilerelease)
 set(bf16 vdpbf16ps vpexpandw)
 set(avx512 zmm vpexpandd)
