@@ -319,9 +319,8 @@ const resmoe::PackedHeader& header_of(const Tensor& packed) {
   return resmoe::check_packed(packed.const_data_ptr(), packed.size(0));
 }
 
-// The tensors that were packed, their names, and num_experts, hidden_size, intermediate_size, gated.
-// The tensors, for each the number of the argument of `pack` that it was (names would leak: torch 2.13 copies and
-// does not free strings that an op returns), and the sizes E, H, I, gated.
+// The tensors, for each the number of the argument of `pack` that it was (names would leak: torch 2.13 copies
+// and does not free strings that an op returns), and the sizes E, H, I, gated.
 std::tuple<std::vector<Tensor>, std::vector<int64_t>, std::vector<int64_t>> unpack(Tensor packed) {
   header_of(packed);
   const Factored<const void> sizes = resmoe::packed_sizes(packed.const_data_ptr());

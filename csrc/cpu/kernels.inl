@@ -388,3 +388,17 @@ inline constexpr Kernels table = {
     load_operand<Step::operand>,
     store_output,
 };
+
+// The table of a Step for weights of this type.
+template <template <Dtype> class Step>
+const Kernels* table_for(Dtype weight) {
+  switch (weight) {
+    case Dtype::bfloat16:
+      return &table<Step<Dtype::bfloat16>>;
+    case Dtype::float16:
+      return &table<Step<Dtype::float16>>;
+    case Dtype::float32:
+      return &table<Step<Dtype::float32>>;
+  }
+  return nullptr;
+}

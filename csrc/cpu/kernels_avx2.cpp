@@ -202,16 +202,7 @@ struct WideningStep {
 }  // namespace
 
 const Kernels* kernels_avx2(Dtype weight, Operand operand) {
-  if (operand != Operand::float32) return nullptr;
-  switch (weight) {
-    case Dtype::bfloat16:
-      return &table<WideningStep<Dtype::bfloat16>>;
-    case Dtype::float16:
-      return &table<WideningStep<Dtype::float16>>;
-    case Dtype::float32:
-      return &table<WideningStep<Dtype::float32>>;
-  }
-  return nullptr;
+  return operand == Operand::float32 ? table_for<WideningStep>(weight) : nullptr;
 }
 
 }  // namespace resmoe

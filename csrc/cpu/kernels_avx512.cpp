@@ -25,19 +25,13 @@ struct ExpandWords {
   }
 };
 
+template <Dtype weight>
+using WordStep = WideningStep<weight, ExpandWords>;
+
 }  // namespace
 
 const Kernels* kernels_avx512(Dtype weight, Operand operand) {
-  if (operand != Operand::float32) return nullptr;
-  switch (weight) {
-    case Dtype::bfloat16:
-      return &table<WideningStep<Dtype::bfloat16, ExpandWords>>;
-    case Dtype::float16:
-      return &table<WideningStep<Dtype::float16, ExpandWords>>;
-    case Dtype::float32:
-      return &table<WideningStep<Dtype::float32, ExpandWords>>;
-  }
-  return nullptr;
+  return operand == Operand::float32 ? table_for<WordStep>(weight) : nullptr;
 }
 
 }  // namespace resmoe

@@ -56,19 +56,14 @@ struct PairStep {
   }
 };
 
+template <Dtype weight>
+using WordStep = WideningStep<weight, ExpandWords>;
+
 }  // namespace
 
 const Kernels* kernels_avx512_bf16(Dtype weight, Operand operand) {
   if (operand == Operand::bfloat16) return weight == Dtype::bfloat16 ? &table<PairStep> : nullptr;
-  switch (weight) {
-    case Dtype::bfloat16:
-      return &table<WideningStep<Dtype::bfloat16, ExpandWords>>;
-    case Dtype::float16:
-      return &table<WideningStep<Dtype::float16, ExpandWords>>;
-    case Dtype::float32:
-      return &table<WideningStep<Dtype::float32, ExpandWords>>;
-  }
-  return nullptr;
+  return table_for<WordStep>(weight);
 }
 
 }  // namespace resmoe

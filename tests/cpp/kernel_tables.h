@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "check.h"
 #include "cpu/isa.h"
 
 namespace resmoe {
@@ -23,17 +24,6 @@ using resmoe::Isa;
 using resmoe::Kernels;
 using resmoe::Operand;
 using resmoe::Panel;
-
-inline int failures = 0;
-
-#define CHECK(condition, ...)                                     \
-  do {                                                            \
-    if (!(condition) && ++failures <= 40) {                       \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                                   \
-      std::printf("\n");                                          \
-    }                                                             \
-  } while (false)
 
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 inline constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();

@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "check.h"
 #include "cpu/isa.h"
 #include "experts.h"
 
@@ -29,18 +30,6 @@ using resmoe::Operand;
 using resmoe::PackedHeader;
 
 namespace {
-
-int failures = 0;
-
-#define CHECK(condition, ...)                                     \
-  do {                                                            \
-    if (!(condition)) {                                           \
-      ++failures;                                                 \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                                   \
-      std::printf("\n");                                          \
-    }                                                             \
-  } while (false)
 
 struct Shape {
   const char* name;

@@ -1,4 +1,5 @@
 // Which instruction set is chosen: by the machine, and by RESMOE_CPU_ISA.
+#include "check.h"
 #include "cpu/isa.h"
 
 #include <cstdio>
@@ -11,18 +12,6 @@ using resmoe::Isa;
 using resmoe::Operand;
 
 namespace {
-
-int failures = 0;
-
-#define CHECK(condition, ...)                                     \
-  do {                                                            \
-    if (!(condition)) {                                           \
-      ++failures;                                                 \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                                   \
-      std::printf("\n");                                          \
-    }                                                             \
-  } while (false)
 
 constexpr Isa kAll[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
 

@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "check.h"
 #include "packed.h"
 
 using resmoe::Dtype;
@@ -23,18 +24,6 @@ using resmoe::PackedHeader;
 using resmoe::PackedMatrix;
 
 namespace {
-
-int failures = 0;
-
-#define CHECK(condition, ...)                                     \
-  do {                                                            \
-    if (!(condition)) {                                           \
-      ++failures;                                                 \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                                   \
-      std::printf("\n");                                          \
-    }                                                             \
-  } while (false)
 
 // Backwards and in small parts: nothing may depend on the order.
 void backwards(int64_t count, const std::function<void(int64_t, int64_t)>& body) {

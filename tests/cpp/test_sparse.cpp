@@ -1,4 +1,5 @@
 // Both layouts against three plain loops (row, word, bit), on random masks with fixed seeds.
+#include "check.h"
 #include "sparse.h"
 
 #include <algorithm>
@@ -12,18 +13,6 @@ using resmoe::SparseFault;
 using resmoe::SparseRule;
 
 namespace {
-
-int failures = 0;
-
-#define CHECK(condition, ...)                                     \
-  do {                                                            \
-    if (!(condition)) {                                           \
-      ++failures;                                                 \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                                   \
-      std::printf("\n");                                          \
-    }                                                             \
-  } while (false)
 
 // One random matrix in both layouts, and dense as the loops below say it must come out.
 // Vectors are exactly as long as the format says, so that AddressSanitizer sees a read past their end.
