@@ -6,7 +6,9 @@ Every op is registered twice: ``resmoe::<op>``, where compiled kernels override 
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -27,7 +29,7 @@ _log = logging.getLogger("resmoe_kernels")
 _lib = torch.library.Library("resmoe", "DEF")
 _forced: str | None = None  # process-wide; dynamo guards on it, so a compiled model follows a change
 _HIDDEN_SIZE = len(TENSOR_NAMES) + SIZE_NAMES.index("hidden_size")
-_KERNELS = {"cpu": "CPU"}  # backend name -> dispatch key its kernels are registered under
+_BACKEND_OF = {"cpu": "cpu", "cuda": "triton"}  # device -> backend of its kernels
 
 
 def _define(name: str, schema: str, reference: Callable, fake: Callable) -> None:
@@ -41,8 +43,29 @@ def _op(name: str) -> Callable:
     return getattr(torch.ops.resmoe, f"{name}_reference" if _forced == "reference" else name)
 
 
-def _compiled(op: str) -> list[str]:
-    return [b for b, key in _KERNELS.items() if torch._C._dispatch_has_kernel_for_dispatch_key(f"resmoe::{op}", key)]
+def _has_cpu_kernel(op: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"resmoe::{op}", "CPU")
+
+
+@cache
+def interprets() -> bool:
+    """Whether Triton's kernels run on the CPU, by its interpreter: TRITON_INTERPRET=1 when they are imported."""
+    if "TRITON_INTERPRET" not in os.environ or importlib.util.find_spec("triton") is None:
+        return False
+    from resmoe_kernels.launch_triton import INTERPRETED
+
+    return INTERPRETED
+
+
+def _missing(backend: str) -> str | None:
+    """Why a backend cannot run anything here, None if it can."""
+    if backend == "cpu":
+        return None if _has_cpu_kernel("experts_packed") else "the C++ extension is not built"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if not torch.cuda.is_available() and not interprets():
+        return "torch finds no GPU and its driver"
+    return None
 
 
 @cache
@@ -54,8 +77,9 @@ def _warn_once(sentence: str) -> None:
 
 
 def backends() -> tuple[str, ...]:
-    """Names of the backends that can run ``resmoe::experts``: ``reference``, and those whose kernels are built."""
-    return ("reference", *_compiled("experts"))
+    """Names of the backends that can run ``resmoe::experts`` here: ``reference``, ``cpu`` where the extension is built,
+    ``triton`` where triton is installed and there is a GPU (or TRITON_INTERPRET=1, on CPU tensors and very slowly)."""
+    return ("reference", *(b for b in _BACKEND_OF.values() if _missing(b) is None))
 
 
 @contextmanager
@@ -67,7 +91,8 @@ def backend(name: str) -> Iterator[None]:
     global _forced
     known = ("auto", *backends())
     if name not in known:
-        raise ValueError(f"backend: {name!r} is not there; there are {', '.join(known)}")
+        reason = f" ({_missing(name)})" if name in _BACKEND_OF.values() else ""
+        raise ValueError(f"backend: {name!r} is not there{reason}; there are {', '.join(known)}")
     before, _forced = _forced, None if name == "auto" else name
     try:
         yield
@@ -75,29 +100,60 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def explain(weights: FactoredExperts | PackedExperts, activation: str = "silu") -> str:
-    """One line per op of a layer: which backend runs it where the layer lives, and why no faster one does."""
-    from resmoe_kernels.packed import declines
+def explain(weights: FactoredExperts | PackedExperts | torch.nn.Module, activation: str = "silu") -> str:
+    """One line per op of a layer: which backend runs it where the layer lives, and why no faster one does.
 
+    Of a model, the same for every layer of factored experts, each line after the layer's name.
+    """
+    if isinstance(weights, torch.nn.Module):
+        layers = [(n, m) for n, m in weights.named_modules() if callable(getattr(m, "explain", None))]
+        if not layers:
+            raise ValueError(
+                f"explain: {type(weights).__name__} has no layer of factored experts; swap_experts makes them"
+            )
+        return "\n".join(f"{name}: {line}" for name, layer in layers for line in layer.explain().splitlines())
     packed = not isinstance(weights, FactoredExperts)
     form = weights if isinstance(weights, FactoredExperts) else weights.form
     device = "cpu" if packed else next(iter(form.tensors().values())).device.type
-    able = [b for b in _compiled("experts") if b == device]
-    reason = declines(form, activation)
+    backend = "triton" if _forced == "triton" else _BACKEND_OF.get(device)
     if _forced == "reference":
-        backend = "reference (forced)"
-    elif not able:
-        backend = f"reference (no compiled kernel for {device} is built)"
-    elif reason is not None:
-        backend = f"{'refused' if _forced == device else 'reference'} (the {device} kernels do not serve {reason})"
+        runs = "reference (forced)"
+    elif backend is None:
+        runs = f"reference (there are no kernels for {device})"
+    elif (missing := _missing(backend)) is not None:
+        runs = f"reference ({missing})"
+    elif (reason := _declines(backend, form, activation, device, packed)) is not None:
+        refused = "refused" if _forced == backend else "reference"
+        runs = f"{refused} (the {backend} kernels do not serve {reason})"
+    elif backend == "triton":
+        from resmoe_kernels.launch_triton import target_of
+
+        return f"resmoe::experts on {device}: triton ({target_of(next(iter(form.tensors().values())).device)})"
     else:
         anew = "" if packed else "; packed anew for every call, PackedExperts.pack does it once"
-        return f"resmoe::experts on {device}: {able[0]} ({torch.ops.resmoe.cpu_isa()}{anew})"
-    lines = [f"resmoe::experts on {device}: {backend}"]
+        return f"resmoe::experts on {device}: cpu ({torch.ops.resmoe.cpu_isa()}{anew})"
+    lines = [f"resmoe::experts on {device}: {runs}"]
     if any(name.startswith("mask") for name in form.tensors()):
-        compiled = device in _compiled("expand_sparse") and _forced != "reference"
-        lines.append(f"resmoe::expand_sparse on {device}: {device if compiled else backend}")
+        compiled = device == "cpu" and _has_cpu_kernel("expand_sparse") and _forced != "reference"
+        lines.append(f"resmoe::expand_sparse on {device}: {'cpu' if compiled else runs}")
     return "\n".join(lines)
+
+
+def _declines(backend: str, form: FactoredExperts, activation: str, device: str, packed: bool) -> str | None:
+    if backend == "triton":
+        from resmoe_kernels.experts_triton import declines as triton_declines
+
+        return _elsewhere(device, packed) or triton_declines(form, activation)
+    from resmoe_kernels.packed import declines
+
+    return declines(form, activation)
+
+
+def _elsewhere(device: str, packed: bool) -> str | None:
+    """Why the Triton kernels cannot read a layer where it is."""
+    if packed:
+        return "weights packed for the CPU"
+    return f"tensors on {device}" if device == "cpu" and not interprets() else None
 
 
 _lib.define("cpu_isa() -> str")  # the instruction set whose kernels run on this CPU
@@ -183,9 +239,10 @@ def experts(
     """The expert layer on the fastest backend there is; arguments and meaning as in ``experts_reference.experts``.
 
     CPU kernels read PackedExperts; FactoredExperts are packed for each call anew, which takes longer than the call.
-    What those kernels do not serve (``packed.declines``, float64 x) runs on the reference, and is logged once.
-    Differentiable: the backward pass recomputes through the reference. Raises ValueError naming the tensor, the rule
-    and what came, or what is not served where ``backend("cpu")`` is forced.
+    On GPUs, Triton kernels read FactoredExperts. What the kernels of a device do not serve (``packed.declines``,
+    ``experts_triton.declines``, float64 x) runs on the reference, and is logged once; so does everything on a GPU
+    where triton is not installed. Differentiable: the backward pass recomputes through the reference. Raises
+    ValueError naming the tensor, the rule and what came, or what is not served by the backend that is forced.
     """
     if isinstance(weights, FactoredExperts):
         return experts_flat(x, top_k_index, top_k_weights, _flatten(weights), activation)
@@ -196,7 +253,9 @@ def experts_flat(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, weights:
     """``experts`` on the fields of FactoredExperts, in the order TENSOR_NAMES, SIZE_NAMES: a call builds nothing."""
     _check_experts(x, top_k_index, top_k_weights, weights, activation)
     if x.device.type != "cpu":
-        _refuse_if_forced(f"x on {x.device}")
+        _refuse_if_forced("cpu", f"x on {x.device}")
+    elif (reason := _elsewhere("cpu", packed=False)) is not None:
+        _refuse_if_forced("triton", reason)
     return _op("experts")(x, top_k_index, top_k_weights, *weights, activation)
 
 
@@ -312,7 +371,7 @@ _differentiable("experts")
 
 _lib.define(f"pack({_WEIGHTS_ARGUMENTS}) -> Tensor")
 _lib.define("unpack(Tensor packed) -> (Tensor[] tensors, int[] arguments_of_pack, int[] sizes)")
-PACKED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of x, and of weights
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of x, and of weights
 
 
 def pack(weights: FactoredExperts) -> Tensor:
@@ -337,10 +396,11 @@ def experts_packed(
 ) -> Tensor:
     """``experts`` on a block that ``pack`` returned."""
     _check_experts_packed(x, top_k_index, top_k_weights, packed, hidden_size, activation)
+    _refuse_if_forced("triton", "weights packed for the CPU")
     op = _op("experts_packed")
     reason = declines_call(x.dtype, activation)
     if reason is not None:
-        _refuse_if_forced(reason)
+        _refuse_if_forced("cpu", reason)
         op = torch.ops.resmoe.experts_packed_reference
     return op(x, top_k_index, top_k_weights, packed, hidden_size, activation)
 
@@ -354,15 +414,17 @@ def _check_experts_packed(
 
 
 def declines_call(dtype: torch.dtype, activation: str) -> str | None:
-    """Why the CPU kernels cannot serve an x of this dtype under this activation; None if they can."""
-    if dtype not in PACKED_DTYPES:
+    """Why no kernel can serve an x of this dtype under this activation; None if they can."""
+    if dtype not in KERNEL_DTYPES:
         return f"x of {str(dtype).removeprefix('torch.')}"
     return None if activation in POINTWISE else f"the gate {activation!r}"
 
 
-def _refuse_if_forced(reason: str) -> None:
-    if _forced == "cpu":
-        raise ValueError(f"experts: the cpu kernels do not serve {reason}; use backend('auto') or backend('reference')")
+def _refuse_if_forced(backend: str, reason: str) -> None:
+    if _forced == backend:
+        raise ValueError(
+            f"experts: the {backend} kernels do not serve {reason}; use backend('auto') or backend('reference')"
+        )
 
 
 def _experts_packed_fake(
@@ -376,11 +438,11 @@ def _experts_packed_impl(
     x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, packed: Tensor, hidden_size: int, activation: str
 ) -> Tensor:
     if (reason := declines_call(x.dtype, activation)) is not None and _forced is None:
-        _warn_once(_RUNS_ON_REFERENCE.format(reason))
+        _warn_once(_RUNS_ON_REFERENCE.format("cpu", reason))
     return _experts_impl(x, top_k_index, top_k_weights, *_flatten(unpack(packed)), activation)
 
 
-_RUNS_ON_REFERENCE = "resmoe_kernels: the cpu kernels do not serve {}; such layers run on the slow reference"
+_RUNS_ON_REFERENCE = "resmoe_kernels: the {} kernels do not serve {}; such layers run on the slow reference"
 _PACKED_ARGUMENTS = "Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor packed, int hidden_size, str activation"
 _define("experts_packed", f"({_PACKED_ARGUMENTS}) -> Tensor", _experts_packed_impl, _experts_packed_fake)
 
@@ -406,10 +468,14 @@ def _experts_on_cpu(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest
     from resmoe_kernels.packed import declines
 
     *flat, activation = rest
+    if _forced == "triton":
+        return _experts_by_triton(x, top_k_index, top_k_weights, *rest)
+    if _missing("cpu") is not None:
+        return _experts_impl(x, top_k_index, top_k_weights, *rest)
     reason = declines_call(x.dtype, activation) or declines(_unflatten(flat))
     if reason is not None:
-        _refuse_if_forced(reason)
-        _warn_once(_RUNS_ON_REFERENCE.format(reason))
+        _refuse_if_forced("cpu", reason)
+        _warn_once(_RUNS_ON_REFERENCE.format("cpu", reason))
         return _experts_impl(x, top_k_index, top_k_weights, *rest)
     _warn_once(
         "resmoe_kernels: weights were packed for one call, which takes longer than the call; "
@@ -419,12 +485,34 @@ def _experts_on_cpu(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest
     return torch.ops.resmoe.experts_packed(x, top_k_index, top_k_weights, packed, flat[_HIDDEN_SIZE], activation)
 
 
-# ---- the compiled extension
+# ---- GPUs
+
+
+def _experts_by_triton(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest) -> Tensor:
+    """``resmoe::experts`` by the Triton kernels."""
+    *flat, activation = rest
+    if (missing := _missing("triton")) is not None:
+        _warn_once(f"resmoe_kernels: {missing}; layers on a GPU run on the slow reference")
+        return _experts_impl(x, top_k_index, top_k_weights, *rest)
+    from resmoe_kernels.experts_triton import declines, experts
+
+    weights = _unflatten(flat)
+    reason = declines_call(x.dtype, activation) or declines(weights, activation)
+    if reason is not None:
+        _refuse_if_forced("triton", reason)
+        _warn_once(_RUNS_ON_REFERENCE.format("triton", reason))
+        return _experts_impl(x, top_k_index, top_k_weights, *rest)
+    with torch.autocast(x.device.type, enabled=False):  # which would round the float32 operands of torch's products
+        return experts(x, top_k_index, top_k_weights, weights, activation)
+
+
+# ---- who runs where
 
 _extension = sorted(Path(__file__).parent.glob("_C*.so"))
 if _extension:
     torch.ops.load_library(str(_extension[0]))
-    if _compiled("experts_packed"):
-        _lib.impl("experts", _experts_on_cpu, "CPU")
 else:
     _log.warning("resmoe_kernels: the C++ extension is not built; every op runs on the plain PyTorch reference")
+if _has_cpu_kernel("experts_packed") or interprets():
+    _lib.impl("experts", _experts_on_cpu, "CPU")
+_lib.impl("experts", _experts_by_triton, "CUDA")

@@ -57,6 +57,6 @@ def declines(weights: FactoredExperts, activation: str = "silu") -> str | None:
     names = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
     if len(dtypes) > 1:
         return f"weights of several dtypes ({', '.join(names)})"
-    if not dtypes <= set(ops.PACKED_DTYPES):
+    if not dtypes <= set(ops.KERNEL_DTYPES):
         return f"weights of {names[0]}"
     return ops.declines_call(torch.float32, activation)

@@ -448,7 +448,7 @@ def test_explain(make_layer):
         "resmoe::experts on cpu: reference (the cpu kernels do not serve weights of float64)\n"
         "resmoe::expand_sparse on cpu: cpu"
     )
-    no_kernel = "reference (no compiled kernel for meta is built)"
+    no_kernel = "reference (there are no kernels for meta)"
     assert explain(make_layer(**FORMS["base-only"]).to("meta")) == f"resmoe::experts on meta: {no_kernel}"
     assert explain(make_layer(**FORMS["everything"]).to("meta")) == (
         f"resmoe::experts on meta: {no_kernel}\nresmoe::expand_sparse on meta: {no_kernel}"
