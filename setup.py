@@ -74,7 +74,7 @@ python_ops = find_packages(include=["python_ops", "python_ops.*"])
 setup(
     packages=["resmoe_kernels", *(f"resmoe_kernels.{name}" for name in python_ops)],
     package_dir={"resmoe_kernels.python_ops": "python_ops"},
-    package_data={"resmoe_kernels": ["py.typed"]},
+    package_data={"resmoe_kernels": ["py.typed", "tuned/*.json"]},
     ext_modules=[kernels],
     cmdclass={"build_ext": BuildKernels},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

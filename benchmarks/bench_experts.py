@@ -2,6 +2,8 @@
 
     python benchmarks/bench_experts.py --shape olmoe mixtral --tokens 1 4 16 64 512 --form dense lowrank block bitmap \\
         --retain 0.25 --backend cpu --peers auto --csv FILE --plot FILE
+    python benchmarks/bench_experts.py --backend triton --csv FILE    # on a GPU
+    python benchmarks/bench_experts.py --model H100                   # a projection; needs no GPU, measures nothing
 
 What is timed, and how, is in benchmarks/README.md. Weights are random: speed is measured here, never quality.
 """
@@ -13,11 +15,12 @@ import csv
 import gc
 import itertools
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import projection
 import torch
 from measure import (
     Candidate,
@@ -34,7 +37,8 @@ from measure import (
     measure_machine,
     quantiles,
 )
-from peers import GET, PEERS, TOLERANCE, Peer, check, relative_error
+from measure_gpu import GpuMemoryRead, Graphed, LaunchCosts, clocks, measure_gpu
+from peers import GET, PEERS, TOLERANCE, Peer, check, on_device, relative_error
 from rich.console import Console
 from rich.table import Table
 from shapes import CHECK, CHECK_UNGATED, FORMS, SHAPES, Shape, dense_layer, factored_layer
@@ -58,25 +62,36 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--retain", type=float, default=0.25)
-    parser.add_argument("--backend", choices=("auto", *rk.backends()), default="auto")
+    parser.add_argument("--backend", choices=("auto", "reference", "cpu", "triton"), default="auto")
     parser.add_argument("--peers", choices=("auto", "none"), default="auto", help="auto: every one that runs here")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=20, help="time for one shape and number of tokens")
-    parser.add_argument("--csv", type=Path, required=True)
+    parser.add_argument("--csv", type=Path, help="where the measurements go")
     parser.add_argument("--plot", type=Path, help="a picture of the CSV; needs peers and matplotlib")
+    parser.add_argument("--model", choices=projection.MODELS, help="print what the data sheet of a GPU allows; no run")
     arguments = parser.parse_args()
+    if (arguments.csv is None) != (arguments.model is not None):
+        parser.error("give --csv FILE for measurements or --model for a projection, which is never written beside them")
     if arguments.plot and arguments.peers == "none":
         parser.error("--plot shows speed-ups over the fastest peer; it needs --peers auto")
     if not 0 < arguments.retain <= 1:
         parser.error(f"--retain must be in (0, 1], got {arguments.retain}")
     if min(arguments.tokens) < 1:
         parser.error(f"--tokens must be at least 1, got {min(arguments.tokens)}")
+    if arguments.model:
+        shapes = [SHAPES[name] for name in arguments.shape]
+        projection.show(console, arguments.model, shapes, arguments.form, arguments.tokens, arguments.retain)
+        return
+    if arguments.backend == "triton" and not torch.cuda.is_available():
+        parser.error("--backend triton times a GPU, and torch finds none; --model H100 prints a projection without one")
+    if arguments.backend not in ("auto", *rk.backends()):
+        parser.error(f"--backend {arguments.backend} is not there; there are {', '.join(rk.backends())}")
 
     torch.set_grad_enabled(False)
-    memory = MemoryRead(arguments.threads)
-    machine = measure_machine(memory, arguments.threads)
+    place = this_gpu() if arguments.backend == "triton" else this_cpu(arguments.threads)
+    machine = place.machine
     console.print(
-        f"{machine.threads} threads, DRAM read {machine.read_gb_per_s:.1f} GB/s, bfloat16 peak "
+        f"{place.name}, DRAM read {machine.read_gb_per_s:.1f} GB/s, bfloat16 peak "
         f"{machine.peak_gflop_per_s:.0f} GFLOP/s, last-level cache {machine.l3_bytes >> 20} MiB"
     )
     arguments.csv.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +100,7 @@ def main() -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for name in arguments.shape:
-            for row in bench_shape(SHAPES[name], arguments, machine, memory):
+            for row in bench_shape(SHAPES[name], arguments, place):
                 writer.writerow(row)
                 file.flush()
                 rows.append(row)
@@ -96,13 +111,59 @@ def main() -> None:
         plot(arguments.csv, arguments.plot)
 
 
+# ---- where it runs
+
+
+@dataclass(frozen=True)
+class Place:
+    """What differs between a CPU and a GPU.
+
+    name: for people;  device: torch's;  target: of the Triton kernels, empty on a CPU
+    candidate: (name, layers, turn, captures) -> the timer of one candidate
+    cost: weights -> what calls move and multiply;  at_end: printed after each number of tokens
+    """
+
+    name: str
+    device: str
+    target: str
+    machine: Machine
+    memory: MemoryRead | GpuMemoryRead
+    peers: Sequence[Peer]
+    get_peers: str
+    candidate: Callable[..., Candidate]
+    cost: Callable[[FactoredExperts], Cost | LaunchCosts]
+    at_end: Callable[[], str]
+
+
+def this_cpu(threads: int) -> Place:
+    memory = MemoryRead(threads)
+
+    def candidate(name: str, layers: Sequence[Layer], turn: Iterator[int], captures: bool = True) -> Candidate:
+        return InProcess(name, layers, turn)
+
+    machine = measure_machine(memory, threads)
+    return Place(f"{threads} threads", "cpu", "", machine, memory, PEERS, GET, candidate, Cost.of, lambda: "")
+
+
+def this_gpu() -> Place:
+    import peers_gpu
+
+    from resmoe_kernels.launch_triton import target_of
+
+    memory, name, target = GpuMemoryRead(), torch.cuda.get_device_name(), target_of(torch.device("cuda"))
+    return Place(
+        f"{name} ({target}), {clocks()}", "cuda", target, measure_gpu(memory), memory, peers_gpu.PEERS, peers_gpu.GET,
+        Graphed, partial(LaunchCosts, target=target), clocks,
+    )  # fmt: skip
+
+
 # ---- one shape
 
 
 class Measured:
     """A candidate and what its calls cost."""
 
-    def __init__(self, candidate: Candidate, cost: Cost, copies: int, form: str, backend: str) -> None:
+    def __init__(self, candidate: Candidate, cost: Cost | LaunchCosts, copies: int, form: str, backend: str) -> None:
         self.candidate, self.cost, self.copies, self.form, self.backend = candidate, cost, copies, form, backend
 
     @property
@@ -110,24 +171,27 @@ class Measured:
         return self.backend == "peer"
 
 
-def bench_shape(shape: Shape, arguments: argparse.Namespace, machine: Machine, memory: MemoryRead) -> Iterable[dict]:
+def bench_shape(shape: Shape, arguments: argparse.Namespace, place: Place) -> Iterable[dict]:
     """The rows of one shape, peers first."""
     fewest = draw(shape, min(arguments.tokens), torch.Generator().manual_seed(0))
     measured: list[Measured] = []
     try:
         for form in arguments.form:
-            measured.append(ours(shape, form, arguments, fewest, machine))
+            measured.append(ours(shape, form, arguments, fewest, place))
         if arguments.peers == "auto":
-            measured += peers(shape, fewest, machine)
+            measured += peers(shape, fewest, place)
+        memory = place.memory
         for tokens in arguments.tokens:
             generator = torch.Generator().manual_seed(tokens)
             first = first_calls(measured, draw(shape, tokens, generator), shape)
             first[memory.name] = memory.seconds([None])
             candidates = [memory, *(m.candidate for m in measured)]
             times, draws = interleave(candidates, first, partial(draw, shape, tokens, generator), arguments.seconds)
-            limits = replace(machine, read_gb_per_s=memory.gb_per_s(times[memory.name]))
-            rows = [row_of(m, shape, times[m.candidate.name], draws, limits, arguments) for m in measured]
+            limits = replace(place.machine, read_gb_per_s=memory.gb_per_s(times[memory.name]))
+            rows = [row_of(m, shape, times[m.candidate.name], draws, limits, arguments, place) for m in measured]
             yield from compare(rows, measured, draws, limits)
+            if place.at_end():
+                console.print(f"  {place.at_end()}", markup=False)
     finally:
         for m in measured:
             if isinstance(m.candidate, OwnProcess):
@@ -150,25 +214,25 @@ def first_calls(measured: list[Measured], d: Draw, shape: Shape) -> dict[str, fl
     return seconds
 
 
-def ours(shape: Shape, form: str, arguments: argparse.Namespace, fewest: Draw, machine: Machine) -> Measured:
+def ours(shape: Shape, form: str, arguments: argparse.Namespace, fewest: Draw, place: Place) -> Measured:
     """One form on the product's kernels, packed where the backend packs."""
-    backend = chosen_backend(arguments.backend)
+    backend, device = chosen_backend(arguments.backend), place.device
     small = CHECK if shape.gated else CHECK_UNGATED
     weights = factored_layer(small, form, arguments.retain, seed=1)
-    error = relative_error(layer_of(small, weights, backend), weights.materialize(), small)
+    error = relative_error(layer_of(small, weights.to(device), backend), weights.materialize(), small, device)
     if not error < TOLERANCE:
         raise SystemExit(f"resmoe {form} on {backend}: the result is wrong, relative error {error:.3g} against float32")
     layers, cost, copies = [], None, 1
     while len(layers) < copies:
         weights = factored_layer(shape, form, arguments.retain, seed=len(layers))
         if cost is None:
-            cost = Cost.of(weights)
-            copies = copies_beyond_cache(cost.bytes(fewest.index), machine.l3_bytes)
-        layers.append(layer_of(shape, weights, backend))
+            cost = place.cost(weights)
+            copies = copies_beyond_cache(cost.bytes(fewest.index), place.machine.l3_bytes)
+        layers.append(layer_of(shape, weights.to(device), backend))
         del weights
     assert cost is not None
     console.print(f"{shape.name}: resmoe {form} on {backend}, {copies} copies, relative error {error:.2g}")
-    candidate = InProcess(f"resmoe {form}", layers, itertools.count())
+    candidate = place.candidate(f"resmoe {form}", layers, itertools.count())
     return Measured(candidate, cost, copies, form, backend)
 
 
@@ -185,27 +249,27 @@ def layer_of(shape: Shape, weights: FactoredExperts, backend: str) -> Layer:
     return lambda d: lambda: rk.experts(d.x, d.index, d.weights, weights, shape.activation)
 
 
-def peers(shape: Shape, fewest: Draw, machine: Machine) -> list[Measured]:
+def peers(shape: Shape, fewest: Draw, place: Place) -> list[Measured]:
     """Every peer that runs here, checked. One that does not is reported in a line."""
-    cost = Cost.dense(shape)
-    copies = copies_beyond_cache(cost.bytes(fewest.index), machine.l3_bytes)
-    shared, turn = [dense_layer(shape, seed) for seed in range(copies)], itertools.count()
+    cost, threads = Cost.dense(shape), place.machine.threads
+    copies = copies_beyond_cache(cost.bytes(fewest.index), place.machine.l3_bytes)
+    shared, turn = [on_device(dense_layer(shape, seed), place.device) for seed in range(copies)], itertools.count()
     found = []
-    for peer in PEERS:
+    for peer in place.peers:
         reason = peer.missing(shape)
         try:
             if reason is not None:
                 raise ValueError(reason)
             if peer.own_process:
-                make = partial(in_own_process, PEERS.index(peer), shape, copies, machine.threads)
-                candidate = OwnProcess(peer.name, make, machine.threads)
+                make = partial(in_own_process, PEERS.index(peer), shape, copies, threads)
+                candidate = OwnProcess(peer.name, make, threads)
                 error = candidate.told
             else:
-                error = check(peer, shape, machine.threads)
-                layers = peer.prepare(shared, shape, machine.threads, False)
-                candidate = InProcess(peer.name, layers, turn)
+                error = check(peer, shape, threads, place.device)
+                layers = peer.prepare(shared, shape, threads, False)
+                candidate = place.candidate(peer.name, layers, turn, captures=peer.captures)
         except FAILURES as exception:
-            hint = f". To get it: {GET}" if "not installed" in str(exception) else ""
+            hint = f". To get it: {place.get_peers}" if "not installed" in str(exception) else ""
             console.print(f"{shape.name}: {peer.name} is left out: {exception}{hint}", soft_wrap=True, markup=False)
             continue
         console.print(f"{shape.name}: {peer.name}, {copies} copies, relative error {error:.2g}")
@@ -222,7 +286,9 @@ def in_own_process(number: int, shape: Shape, copies: int, threads: int) -> tupl
 # ---- rows
 
 
-def row_of(m: Measured, shape: Shape, times: list[float], draws: Sequence[Draw], machine: Machine, arguments) -> dict:
+def row_of(
+    m: Measured, shape: Shape, times: list[float], draws: Sequence[Draw], machine: Machine, arguments, place: Place
+) -> dict:
     p20, p50, p80 = quantiles(times)
     nbytes, flops = mean_cost(m.cost, draws)
     return {
@@ -231,9 +297,9 @@ def row_of(m: Measured, shape: Shape, times: list[float], draws: Sequence[Draw],
         "implementation": m.candidate.name,
         "form": m.form,
         "backend": m.backend,
-        "isa": torch.ops.resmoe.cpu_isa() if m.backend == "cpu" else "",
+        "isa": torch.ops.resmoe.cpu_isa() if m.backend == "cpu" else "" if m.is_peer else place.target,
         "retain": 1.0 if m.form == "dense" else arguments.retain,
-        "threads": machine.threads,
+        "threads": machine.threads or "",
         "copies": m.copies,
         "rounds": len(times),
         "experts_hit": round(sum(d.index.unique().numel() for d in draws) / len(draws), 2),

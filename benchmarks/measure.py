@@ -38,7 +38,7 @@ class Machine:
         (28 against 34 GB/s on a Zen 4 server with two threads)
     peak_gflop_per_s: bfloat16, the better of machine.cpp's loop over registers and ``torch`` matmul (oneDNN). On that
         server 463 and 430; where there is AMX, only the matmul knows it
-    l3_bytes: of the last-level cache
+    l3_bytes: of the last-level cache;  threads: 0 where the machine is a GPU
     """
 
     threads: int
@@ -147,6 +147,9 @@ class Draw:
     x: Tensor
     index: Tensor
     weights: Tensor
+
+    def to(self, device: str) -> Draw:
+        return Draw(self.x.to(device), self.index.to(device), self.weights.to(device))
 
 
 def draw(shape: Shape, tokens: int, generator: torch.Generator) -> Draw:

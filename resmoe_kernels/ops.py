@@ -254,7 +254,7 @@ def experts_flat(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, weights:
     _check_experts(x, top_k_index, top_k_weights, weights, activation)
     if x.device.type != "cpu":
         _refuse_if_forced("cpu", f"x on {x.device}")
-    elif (reason := _elsewhere("cpu", packed=False)) is not None:
+    elif _forced == "triton" and (reason := _elsewhere("cpu", packed=False)) is not None:
         _refuse_if_forced("triton", reason)
     return _op("experts")(x, top_k_index, top_k_weights, *weights, activation)
 

