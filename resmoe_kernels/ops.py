@@ -502,7 +502,8 @@ def _experts_by_triton(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *r
         _refuse_if_forced("triton", reason)
         _warn_once(_RUNS_ON_REFERENCE.format("triton", reason))
         return _experts_impl(x, top_k_index, top_k_weights, *rest)
-    with torch.autocast(x.device.type, enabled=False):  # which would round the float32 operands of torch's products
+    # Triton starts kernels on the current device; autocast would round the float32 operands of torch's products.
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         return experts(x, top_k_index, top_k_weights, weights, activation)
 
 
