@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: setup demo test ctest sanitize pytest lint clean
+.PHONY: setup demo test ctest sanitize interpret pytest lint clean
 
 setup: $(VENV)/.installed
 
@@ -23,7 +23,7 @@ $(VENV)/.installed: Makefile pyproject.toml requirements-dev.txt setup.py $(KERN
 demo: setup
 	$(BIN)/python examples/demo.py
 
-test: ctest pytest
+test: ctest interpret pytest
 
 ctest: setup
 	$(BIN)/cmake -S . -B build/cmake
@@ -39,6 +39,11 @@ sanitize: setup
 	$(BIN)/cmake -S . -B build/races -DRESMOE_SANITIZE=thread
 	$(BIN)/cmake --build build/races --parallel 2 --target test_experts
 	$(BIN)/ctest --test-dir build/races --output-on-failure -R '^experts$$'
+
+# The Triton kernels on the CPU, by Triton's interpreter: it is chosen when kernels are imported, so in a process of its
+# own.
+interpret: setup
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/test_experts.py tests/test_triton_*.py
 
 # One thread each: with two, busy cores make OpenMP wait on itself (72 tests took 56 s instead of 7 s).
 pytest: setup

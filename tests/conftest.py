@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +19,28 @@ from resmoe_kernels.sparse import pack_bitmap, pack_block
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
 
+# TRITON_INTERPRET=1: this process runs the Triton kernels on the CPU, and nothing else; see make interpret.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore = [] if INTERPRETED else ["test_triton_interpreter.py"]
+if INTERPRETED:
+    import interpreter
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    interpreter.repair()
+    torch.use_deterministic_algorithms(True)  # only so that torch.empty comes filled with NaN or the largest integer
+
+
+def _runs_in_this_process(item: pytest.Item) -> bool:
+    marked = item.get_closest_marker("interpreter") is not None
+    if not INTERPRETED:
+        return not marked
+    uses_kernels = not {"backend", "on_triton"}.isdisjoint(item.fixturenames)
+    return marked or (uses_kernels and not item.get_closest_marker("gpu"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    here = [item for item in items if _runs_in_this_process(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(here)])
+    items[:] = here
     if torch.cuda.is_available():
         return
     for item in items:
@@ -50,21 +71,45 @@ def shared() -> Callable[[str], Path]:
 class Backend(NamedTuple):
     name: str
     device: str
+    prefill: bool = False  # few tokens, too, take the kernels for many
+
+
+def _triton() -> Iterator:
+    device, marks = ("cpu", ()) if INTERPRETED else ("cuda", pytest.mark.gpu)
+    where = "interpreted" if INTERPRETED else "on-cuda"
+    yield pytest.param(Backend("triton", device), id=f"triton-decode-{where}", marks=marks)
+    yield pytest.param(Backend("triton", device, prefill=True), id=f"triton-prefill-{where}", marks=marks)
 
 
 def _backends() -> Iterator:
-    """The default and every backend this build has, where they run: later kernels get the same cases."""
-    for name in ("auto", *resmoe_kernels.backends()):
-        if name in ("auto", "reference", "cpu"):
+    """The default and every backend, where they run: later kernels get the same cases."""
+    for name in () if INTERPRETED else ("auto", "reference", "cpu"):
+        if name in ("auto", *resmoe_kernels.backends()):
             yield pytest.param(Backend(name, "cpu"), id=f"{name}-on-cpu")
         if name != "cpu":
             yield pytest.param(Backend(name, "cuda"), id=f"{name}-on-cuda", marks=pytest.mark.gpu)
+    yield from _triton()
+
+
+@contextmanager
+def _running(backend: Backend) -> Iterator[Backend]:
+    with pytest.MonkeyPatch.context() as patch, resmoe_kernels.backend(backend.name):
+        if backend.prefill:
+            patch.setattr("resmoe_kernels.experts_triton.decodes", lambda problem, target: False)
+        yield backend
 
 
 @pytest.fixture(params=_backends())
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    with resmoe_kernels.backend(request.param.name):
-        yield request.param
+    with _running(request.param) as running:
+        yield running
+
+
+@pytest.fixture(params=_triton())
+def on_triton(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """The Triton kernels alone: those for few tokens, and those for many."""
+    with _running(request.param) as running:
+        yield running
 
 
 @pytest.fixture
