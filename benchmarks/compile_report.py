@@ -74,6 +74,8 @@ def main() -> int:
         for configuration in configurations(target, cases())
         if not arguments.kernel or configuration.key[1] in arguments.kernel
     ]
+    if not found:
+        parser.error(f"--kernel: the op starts no kernel named {', '.join(arguments.kernel)}")
     if arguments.csv:
         rows = compiled(found)
         write(arguments.csv, rows)

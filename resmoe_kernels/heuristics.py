@@ -88,8 +88,16 @@ GPUS = {
     "gfx942": Gpu(304, 64 << 10, 5300, 2),
 }
 STEP = 8192  # bytes of weights per step of a decode loop: each thread of four warps copies four times 16 bytes
+EXPANDED = 16  # numbers of a sparse residual per thread and step: with 32, and their addresses, registers spill
 PER_UNIT = 2  # programs wanted on a unit: one starts, or adds up, while another's loads are on their way
 PARTIALS = 32  # splits are limited so that partial sums, written and read, are at most a 32nd of the weights read
+
+
+# The most tokens of a call that the persistent CUDA kernel gets where Triton could serve it as well. By the accounts it
+# gains while four launches, 8 microseconds, are a large part of a call: up to 8 tokens of fine-grained experts. But its
+# blocks wait for each other through flags in memory, so a fault would hang a GPU instead of failing, and no GPU has run
+# it: until one has, it serves those who ask for it by name, backend("cuda") or RESMOE_BACKEND=cuda.
+CUDA_TOKENS = 0
 
 
 def decodes(problem: Problem, target: str) -> bool:
@@ -232,7 +240,7 @@ def _decode_tile(kernel: str, problem: Problem, gpu: Gpu) -> Tile:
         least_depth, K = 32, problem.hidden_size if kernel == "decode_x" else problem.intermediate_size
     else:
         # U lies (R, N): a step reads `depth` pieces of `rows` numbers. 64 bytes are what DRAM gives at once, 128 a line
-        # of L2. A sparse residual is expanded for gate and up together, 32 numbers a thread beside their addresses.
+        # of L2.
         least, most = 16 if sparse and not rank else 64 // size, min(64 // halves if sparse else 64, 128 // size)
         sizes = [rows for rows in (64, 32, 16) if least <= rows <= most]
         least_depth, K = (32, problem.hidden_size) if sparse else (16, rank)
@@ -240,7 +248,8 @@ def _decode_tile(kernel: str, problem: Problem, gpu: Gpu) -> Tile:
         splits, programs = _decode_grid(kernel, problem, rows, gpu)
         if programs >= PER_UNIT * gpu.units:
             break
-    depth = max(least_depth, min(STEP // (rows * halves * size), _power(K)))
+    step = EXPANDED * 4 * 32 * size if sparse else STEP
+    depth = max(least_depth, min(step // (rows * halves * size), _power(K)))
     # A gated tile keeps gate, up and the sum over experts: at 64 x 64 that is 96 registers of every thread of 4 warps.
     accumulators = 3 if halves == 2 else 1
     warps = 8 if accumulators * rows * tokens > 8192 else 4
@@ -306,9 +315,10 @@ def _prefill_tile(kernel: str, problem: Problem, gpu: Gpu) -> Tile:
     depth = 64 if size == 2 else 32
     warps = 8 if tokens * most * halves >= 128 * 128 or (merged and problem.sparse and tokens >= 64) else 4
     if merged and problem.sparse:
-        most = min(most, warps * 32 * 32 // (depth * halves))  # 32 expanded numbers a thread
+        depth = 32  # and not fewer rows: x is read again for every tile of rows
+        most = min(most, EXPANDED * warps * 32 // (depth * halves))
     if size == 4:
-        most = min(most, 64 // halves)
+        most = min(most, 32 // halves)
     tiles = experts_hit(problem) + pairs / tokens
     rows = max(16, most)
     while rows > 32 // halves and tiles * _cdiv(N, rows) < gpu.units:

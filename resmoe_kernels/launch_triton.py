@@ -50,7 +50,12 @@ def recorded(target: str) -> Iterator[list[Launch]]:
 
 
 def launch(
-    kernel: triton.KernelInterface, grid: tuple[int, ...], *arguments: object, tile: Tile, overlaps: bool = False, **constants: object
+    kernel: triton.KernelInterface,
+    grid: tuple[int, ...],
+    *arguments: object,
+    tile: Tile,
+    overlaps: bool = False,
+    **constants: object,
 ) -> None:
     """Starts ``grid`` programs of a kernel.
 

@@ -29,7 +29,7 @@ _log = logging.getLogger("resmoe_kernels")
 _lib = torch.library.Library("resmoe", "DEF")
 _forced: str | None = None  # process-wide; dynamo guards on it, so a compiled model follows a change
 _HIDDEN_SIZE = len(TENSOR_NAMES) + SIZE_NAMES.index("hidden_size")
-_BACKEND_OF = {"cpu": "cpu", "cuda": "triton"}  # device -> backend of its kernels
+_BACKENDS_OF = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # device -> backends of its kernels
 
 
 def _define(name: str, schema: str, reference: Callable, fake: Callable) -> None:
@@ -61,6 +61,13 @@ def _missing(backend: str) -> str | None:
     """Why a backend cannot run anything here, None if it can."""
     if backend == "cpu":
         return None if _has_cpu_kernel("experts_packed") else "the C++ extension is not built"
+    if backend == "cuda":
+        if not torch._C._dispatch_has_kernel_for_dispatch_key("resmoe::low_rank_decode", "CUDA"):
+            return "the C++ extension is built without CUDA kernels"
+        if not torch.cuda.is_available():
+            return "torch finds no GPU and its driver"
+        major, minor = torch.cuda.get_device_capability()
+        return None if major >= 8 else f"this GPU is an sm_{major}{minor}, and the kernels need sm_80 or later"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     if not torch.cuda.is_available() and not interprets():
@@ -78,26 +85,32 @@ def _warn_once(sentence: str) -> None:
 
 def backends() -> tuple[str, ...]:
     """Names of the backends that can run ``resmoe::experts`` here: ``reference``, ``cpu`` where the extension is built,
-    ``triton`` where triton is installed and there is a GPU (or TRITON_INTERPRET=1, on CPU tensors and very slowly)."""
-    return ("reference", *(b for b in _BACKEND_OF.values() if _missing(b) is None))
+    ``triton`` where triton is installed and there is a GPU (or TRITON_INTERPRET=1, on CPU tensors and very slowly),
+    ``cuda`` where the extension is built with CUDA kernels and there is a GPU that runs them."""
+    return ("reference", *(b for device in _BACKENDS_OF.values() for b in device if _missing(b) is None))
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Runs every op of the block, in every thread, on one backend; ``auto`` is the default choice by device.
 
-    Raises ValueError, listing what is there, if the backend cannot run ``resmoe::experts`` here.
+    The environment variable RESMOE_BACKEND does the same for a whole process. Raises ValueError, listing what is
+    there, if the backend cannot run ``resmoe::experts`` here.
     """
     global _forced
-    known = ("auto", *backends())
-    if name not in known:
-        reason = f" ({_missing(name)})" if name in _BACKEND_OF.values() else ""
-        raise ValueError(f"backend: {name!r} is not there{reason}; there are {', '.join(known)}")
-    before, _forced = _forced, None if name == "auto" else name
+    before, _forced = _forced, _checked(name)
     try:
         yield
     finally:
         _forced = before
+
+
+def _checked(name: str) -> str | None:
+    known = ("auto", *backends())
+    if name not in known:
+        reason = f" ({_missing(name)})" if any(name in names for names in _BACKENDS_OF.values()) else ""
+        raise ValueError(f"backend: {name!r} is not there{reason}; there are {', '.join(known)}")
+    return None if name == "auto" else name
 
 
 def explain(weights: FactoredExperts | PackedExperts | torch.nn.Module, activation: str = "silu") -> str:
@@ -115,7 +128,7 @@ def explain(weights: FactoredExperts | PackedExperts | torch.nn.Module, activati
     packed = not isinstance(weights, FactoredExperts)
     form = weights if isinstance(weights, FactoredExperts) else weights.form
     device = "cpu" if packed else next(iter(form.tensors().values())).device.type
-    backend = "triton" if _forced == "triton" else _BACKEND_OF.get(device)
+    backend = _forced if _forced in _BACKENDS_OF["cuda"] else next(iter(_BACKENDS_OF.get(device, ())), None)
     if _forced == "reference":
         runs = "reference (forced)"
     elif backend is None:
@@ -125,10 +138,10 @@ def explain(weights: FactoredExperts | PackedExperts | torch.nn.Module, activati
     elif (reason := _declines(backend, form, activation, device, packed)) is not None:
         refused = "refused" if _forced == backend else "reference"
         runs = f"{refused} (the {backend} kernels do not serve {reason})"
-    elif backend == "triton":
+    elif backend in _BACKENDS_OF["cuda"]:
         from resmoe_kernels.launch_triton import target_of
 
-        return f"resmoe::experts on {device}: triton ({target_of(next(iter(form.tensors().values())).device)})"
+        return f"resmoe::experts on {device}: {backend} ({target_of(next(iter(form.tensors().values())).device)})"
     else:
         anew = "" if packed else "; packed anew for every call, PackedExperts.pack does it once"
         return f"resmoe::experts on {device}: cpu ({torch.ops.resmoe.cpu_isa()}{anew})"
@@ -144,6 +157,12 @@ def _declines(backend: str, form: FactoredExperts, activation: str, device: str,
         from resmoe_kernels.experts_triton import declines as triton_declines
 
         return _elsewhere(device, packed) or triton_declines(form, activation)
+    if backend == "cuda":
+        from resmoe_kernels.experts_cuda import declines_layer
+
+        dtypes = [t.dtype for t in form.tensors().values() if t.is_floating_point()]
+        here = None if device == "cuda" else f"tensors on {device}"
+        return here or declines_layer(form, dtypes[0], activation)
     from resmoe_kernels.packed import declines
 
     return declines(form, activation)
@@ -254,7 +273,9 @@ def experts_flat(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, weights:
     _check_experts(x, top_k_index, top_k_weights, weights, activation)
     if x.device.type != "cpu":
         _refuse_if_forced("cpu", f"x on {x.device}")
-    elif _forced == "triton" and (reason := _elsewhere("cpu", packed=False)) is not None:
+    else:
+        _refuse_if_forced("cuda", f"x on {x.device}")
+    if _forced == "triton" and x.device.type == "cpu" and (reason := _elsewhere("cpu", packed=False)) is not None:
         _refuse_if_forced("triton", reason)
     return _op("experts")(x, top_k_index, top_k_weights, *weights, activation)
 
@@ -396,7 +417,8 @@ def experts_packed(
 ) -> Tensor:
     """``experts`` on a block that ``pack`` returned."""
     _check_experts_packed(x, top_k_index, top_k_weights, packed, hidden_size, activation)
-    _refuse_if_forced("triton", "weights packed for the CPU")
+    for backend in _BACKENDS_OF["cuda"]:
+        _refuse_if_forced(backend, "weights packed for the CPU")
     op = _op("experts_packed")
     reason = declines_call(x.dtype, activation)
     if reason is not None:
@@ -469,7 +491,7 @@ def _experts_on_cpu(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest
 
     *flat, activation = rest
     if _forced == "triton":
-        return _experts_by_triton(x, top_k_index, top_k_weights, *rest)
+        return _experts_on_gpu(x, top_k_index, top_k_weights, *rest)
     if _missing("cpu") is not None:
         return _experts_impl(x, top_k_index, top_k_weights, *rest)
     reason = declines_call(x.dtype, activation) or declines(_unflatten(flat))
@@ -487,24 +509,46 @@ def _experts_on_cpu(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest
 
 # ---- GPUs
 
+_lib.define(f"low_rank_decode({_EXPERTS_ARGUMENTS}) -> Tensor")
+torch.library.register_fake("resmoe::low_rank_decode", _experts_fake, lib=_lib)
 
-def _experts_by_triton(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest) -> Tensor:
-    """``resmoe::experts`` by the Triton kernels."""
+
+def _experts_on_gpu(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest) -> Tensor:
+    """``resmoe::experts`` by the CUDA kernel where it is asked for or ``heuristics.CUDA_TOKENS`` says so, else by the
+    Triton kernels."""
     *flat, activation = rest
-    if (missing := _missing("triton")) is not None:
-        _warn_once(f"resmoe_kernels: {missing}; layers on a GPU run on the slow reference")
-        return _experts_impl(x, top_k_index, top_k_weights, *rest)
-    from resmoe_kernels.experts_triton import declines, experts
-
     weights = _unflatten(flat)
-    reason = declines_call(x.dtype, activation) or declines(weights, activation)
-    if reason is not None:
-        _refuse_if_forced("triton", reason)
-        _warn_once(_RUNS_ON_REFERENCE.format("triton", reason))
-        return _experts_impl(x, top_k_index, top_k_weights, *rest)
-    # Triton starts kernels on the current device; autocast would round the float32 operands of torch's products.
+    # Kernels start on the current device; autocast would round the float32 operands of torch's products.
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        if _takes_cuda(x, top_k_index, weights, activation):
+            from resmoe_kernels.experts_cuda import experts as by_cuda
+
+            return by_cuda(x, top_k_index, top_k_weights, weights, activation)
+        if (missing := _missing("triton")) is not None:
+            _warn_once(f"resmoe_kernels: {missing}; layers on a GPU run on the slow reference")
+            return _experts_impl(x, top_k_index, top_k_weights, *rest)
+        from resmoe_kernels.experts_triton import declines, experts
+
+        reason = declines_call(x.dtype, activation) or declines(weights, activation)
+        if reason is not None:
+            _refuse_if_forced("triton", reason)
+            _warn_once(_RUNS_ON_REFERENCE.format("triton", reason))
+            return _experts_impl(x, top_k_index, top_k_weights, *rest)
         return experts(x, top_k_index, top_k_weights, weights, activation)
+
+
+def _takes_cuda(x: Tensor, top_k_index: Tensor, weights: FactoredExperts, activation: str) -> bool:
+    if _forced not in (None, "cuda") or 0 in top_k_index.shape or not x.is_cuda or _missing("cuda") is not None:
+        return False
+    from resmoe_kernels.experts_cuda import declines
+    from resmoe_kernels.heuristics import CUDA_TOKENS
+
+    if _forced is None and x.shape[0] > CUDA_TOKENS:
+        return False
+    reason = declines(x, top_k_index, weights, activation)
+    if reason is not None:
+        _refuse_if_forced("cuda", reason)
+    return reason is None
 
 
 # ---- who runs where
@@ -516,4 +560,5 @@ else:
     _log.warning("resmoe_kernels: the C++ extension is not built; every op runs on the plain PyTorch reference")
 if _has_cpu_kernel("experts_packed") or interprets():
     _lib.impl("experts", _experts_on_cpu, "CPU")
-_lib.impl("experts", _experts_by_triton, "CUDA")
+_lib.impl("experts", _experts_on_gpu, "CUDA")
+_forced = _checked(os.environ.get("RESMOE_BACKEND", "auto"))

@@ -370,8 +370,29 @@ def test_the_script_writes_a_file_and_finds_what_was_changed_in_it(tmp_path):
     assert all(f": source '000000000000' is now '{rows[0]['source']}'; run " in line for line in complaints)
 
 
+def test_a_kernel_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compile_report.py", "--target", "sm_80", "--kernel", "gemm", "--csv", "c.csv"])
+    with pytest.raises(SystemExit):
+        compile_report.main()
+    assert "--kernel: the op starts no kernel named gemm" in capsys.readouterr().err
+
+
 def test_the_committed_file_has_every_target_and_kernel_within_limits():
     rows = compile_report.read_rows(COMMITTED)
     assert {row["target"] for row in rows} == set(configurations.TARGETS)
     assert [sentence for row in rows for sentence in compile_report.violations(row)] == []
     assert COMMITTED.with_suffix(".md").read_text() == compile_report.summary(rows)
+
+
+def test_llvm_finds_every_popcount_of_the_committed_kernels():
+    """What is around it decides whether the sequence is recognised: one instruction at least for each number that a
+    thread expands."""
+    sparse = [row for row in compile_report.read_rows(COMMITTED) if "KEPT=" in row["constants"]]
+    sparse = [row for row in sparse if any(form in row["launched_by"] for form in ("block", "bitmap"))]
+    assert {row["target"] for row in sparse} == set(configurations.TARGETS)
+    for row in sparse:
+        constants = dict(constant.split("=") for constant in row["constants"].split())
+        threads = int(row["warps"]) * occupancy.UNITS[row["target"]].lanes
+        halves = 2 if constants.get("GATED") == "True" else 1
+        expanded = halves * int(constants["ROWS"]) * int(constants["DEPTH"]) // threads
+        assert int(row["popcounts"]) >= expanded, compile_report.name_of(row)

@@ -90,3 +90,25 @@ def test_methods_said_to_be_here_are():
 
     rows = re.findall(r"^\| `([\w-]+)` \|.*\| (yes|not yet) \|$", README, re.MULTILINE)
     assert {name for name, here in rows if here == "yes"} == set(METHODS)
+
+
+def test_the_gpu_section_says_what_the_accounts_and_the_compile_report_say():
+    pytest.importorskip("triton")
+    from test_costs import ideal_bytes, problem, shapes
+
+    from resmoe_kernels.costs import Routing, layer_costs
+
+    rows = re.findall(r"^\| ([\w.-]+) \| ([\d.]+ \([\d.]+\).*) \|$", README.split("## On a GPU")[1], re.MULTILINE)
+    assert [model for model, _ in rows] == ["Mixtral-8x7B", "DeepSeek-V2-Lite", "Qwen3-30B-A3B", "OLMoE-1B-7B"]
+    for name, (_, cells) in zip(("mixtral", "dsv2lite", "qwen3", "olmoe"), rows, strict=True):
+        shape, shown = shapes.SHAPES[name], re.findall(r"([\d.]+) \(([\d.]+)\)", cells)
+        weights = shapes.layer_sizes(shape, "lowrank", 0.25)
+        for T, numbers in zip((1, 8, 64), shown, strict=True):
+            call = Routing.uniform(T, shape.top_k, weights), problem(weights, T, shape.top_k)
+            moved = sum(cost.nbytes for cost in layer_costs(weights, *call, "sm_90"))
+            assert [float(n) for n in numbers] == [round(n / 1e6, 1) for n in (moved, ideal_bytes(shape, "lowrank", T))]
+
+    with (REPO / "benchmarks" / "results" / "compile.csv").open() as file:
+        configurations = list(csv.DictReader(file))
+    assert f"use, {len(configurations)} in all, " in README
+    assert not any(row["loop_spills"] not in ("", "0") for row in configurations)

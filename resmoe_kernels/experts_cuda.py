@@ -1,0 +1,55 @@
+"""The CUDA twin of experts_reference: same arguments, for few tokens on NVIDIA GPUs from sm_80 on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resmoe_kernels.factored import MATRICES, SIZE_NAMES, TENSOR_NAMES, FactoredExperts
+from resmoe_kernels.ops import declines_call
+
+MOST_TOKENS = 16  # of one call, as csrc/cuda/low_rank_decode.h says
+MOST_PAIRS = 256
+MOST_EXPERTS = 1024
+
+
+def experts(
+    x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, weights: FactoredExperts, activation: str = "silu"
+) -> Tensor:
+    """What ``experts_reference.experts`` computes, for calls that ``declines`` lets pass: one persistent kernel.
+
+    Products multiply operands in the dtype of x; V x, w h and their sums are rounded to it, everything else is float32.
+    The result does not depend on scheduling. The call can be captured in a CUDA graph: it clears its flags itself.
+    """
+    tensors = [None if (t := getattr(weights, name)) is None else t.contiguous() for name in TENSOR_NAMES]
+    sizes = [getattr(weights, name) for name in SIZE_NAMES]
+    call = (x.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous())
+    return torch.ops.resmoe.low_rank_decode(*call, *tensors, *sizes, activation)
+
+
+def declines(x: Tensor, top_k_index: Tensor, weights: FactoredExperts, activation: str) -> str | None:
+    """What of a call the CUDA kernel does not serve, None if it serves it all. Reads no contents."""
+    tokens, pairs = x.shape[0], top_k_index.numel()
+    if not 0 < tokens <= MOST_TOKENS or not 0 < pairs <= MOST_PAIRS:
+        return f"{tokens} tokens of {top_k_index.shape[1]} slots (1 to {MOST_TOKENS}, {MOST_PAIRS} pairs)"
+    return declines_layer(weights, x.dtype, activation)
+
+
+def declines_layer(weights: FactoredExperts, dtype: torch.dtype, activation: str) -> str | None:
+    """What of a layer it does not serve with x of this dtype, at any number of tokens."""
+    if weights.factorization != "stacked":
+        return f"factorization {weights.factorization!r}"
+    if any(getattr(weights, f"{part}_{m}") is not None for part in ("mask", "bias") for m in MATRICES):
+        return "a sparse residual or a bias"
+    if weights.base_gate_up is not None and weights.base_gate_up.shape[0] > 1:
+        return f"{weights.base_gate_up.shape[0]} groups"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"x of {str(dtype).removeprefix('torch.')}"
+    for name, tensor in weights.tensors().items():
+        if tensor.is_floating_point() and tensor.dtype != dtype:
+            return f"{name} of {str(tensor.dtype).removeprefix('torch.')} with x of {str(dtype).removeprefix('torch.')}"
+    if weights.hidden_size % 32 or weights.intermediate_size % 16:
+        return f"H = {weights.hidden_size}, I = {weights.intermediate_size} (multiples of 32 and 16)"
+    if weights.num_experts > MOST_EXPERTS:
+        return f"{weights.num_experts} experts (at most {MOST_EXPERTS})"
+    return declines_call(dtype, activation)
