@@ -9,7 +9,7 @@ SHELL := /bin/bash
 
 setup: $(VENV)/.installed
 
-KERNELS := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.inl csrc/cpu/*.cpp)
+KERNELS := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.inl csrc/cpu/*.cpp csrc/cuda/*)
 
 # Runs again only when one of these changes; Python files are used in place. torch comes first and by its exact
 # version: a package that asks for any torch would take the newest. The extension is built with it, last.
@@ -18,6 +18,7 @@ $(VENV)/.installed: Makefile pyproject.toml requirements-dev.txt setup.py $(KERN
 	$(BIN)/pip install torch==2.13.0 -c requirements-dev.txt
 	$(BIN)/pip install setuptools -c requirements-dev.txt
 	$(BIN)/pip install --no-build-isolation -e '.[dev]' -c requirements-dev.txt
+	$(BIN)/resmoe env
 	touch $@
 
 demo: setup
@@ -25,8 +26,9 @@ demo: setup
 
 test: ctest interpret pytest
 
+# One GPU target where there is nvcc: the extension has been compiled for all of them.
 ctest: setup
-	$(BIN)/cmake -S . -B build/cmake
+	$(BIN)/cmake -S . -B build/cmake -DCMAKE_CUDA_ARCHITECTURES=80
 	$(BIN)/cmake --build build/cmake --parallel 2
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 

@@ -18,6 +18,13 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#ifdef RESMOE_CUDA
+#include <dlfcn.h>
+
+#include "cuda/block_sparse_decode.h"
+#include "cuda/device.h"
+#include "cuda/low_rank_decode.h"
+#endif
 #include "experts.h"
 #include "packed.h"
 #include "sparse.h"
@@ -172,15 +179,22 @@ using resmoe::Factored;
 using resmoe::FactoredMatrix;
 using OptionalTensor = std::optional<Tensor>;
 
+bool is_aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+}
+
 void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& body) {
   torch::stable::parallel_for(0, count, 1, body);
 }
 
-// Tensors of the weight form, as `pack` takes them and `unpack` returns them.
+// Tensors of the weight form, as ops take them.
 struct Taker {
+  const char* op;
   ScalarType dtype;
+  std::optional<int32_t> gpu;  // on which they must be
 
-  // The address of a tensor that must have this shape and type; null where it is not there.
+  // The address of a tensor that must have this shape and type, and on a GPU, where 16 bytes are read at
+  // once, this alignment; null where it is not there.
   const void* operator()(const std::string& name, const OptionalTensor& tensor,
                          const std::vector<int64_t>& shape, ScalarType wanted) const {
     if (!tensor) return nullptr;
@@ -190,9 +204,13 @@ struct Taker {
     if (!fits || !tensor->is_contiguous()) {
       std::ostringstream text;
       for (size_t d = 0; d < shape.size(); ++d) text << (d == 0 ? "" : ", ") << shape[d];
-      refuse("pack: ", name, " must be (", text.str(), shape.size() == 1 ? ",) " : ") ",
+      refuse(op, ": ", name, " must be (", text.str(), shape.size() == 1 ? ",) " : ") ",
              torch::headeronly::toString(wanted), " contiguous, got ", shown(*tensor));
     }
+    if (gpu && tensor->get_device_index() != *gpu)
+      refuse(op, ": ", name, " must be on x's GPU ", *gpu, ", got one on ", tensor->get_device_index());
+    if (gpu && !is_aligned(*tensor))
+      refuse(op, ": ", name, " must begin at a multiple of 16 bytes, got one at ", tensor->const_data_ptr());
     return tensor->const_data_ptr();
   }
 
@@ -206,7 +224,7 @@ int64_t side(const OptionalTensor& tensor, int64_t d) {  // 0 where there is non
   return tensor && d < tensor->dim() ? tensor->size(d) : 0;
 }
 
-Dtype dtype_of(ScalarType dtype) {
+Dtype dtype_of(const char* op, ScalarType dtype) {
   switch (dtype) {
     case ScalarType::BFloat16:
       return Dtype::bfloat16;
@@ -215,7 +233,7 @@ Dtype dtype_of(ScalarType dtype) {
     case ScalarType::Float:
       return Dtype::float32;
     default:
-      refuse("pack: weights must be bfloat16, float16 or float32, got ", torch::headeronly::toString(dtype));
+      refuse(op, ": weights must be bfloat16, float16 or float32, got ", torch::headeronly::toString(dtype));
   }
 }
 
@@ -238,34 +256,41 @@ ScalarType scalar_type_of(Dtype dtype) {
                                    : ScalarType::Float;
 }
 
-Tensor pack(OptionalTensor group, OptionalTensor base_gate_up, OptionalTensor base_down,
-            OptionalTensor u_gate_up, OptionalTensor v_gate_up, OptionalTensor rank_offsets_gate_up,
-            OptionalTensor u_down, OptionalTensor v_down, OptionalTensor rank_offsets_down,
-            OptionalTensor mask_gate_up, OptionalTensor values_gate_up, OptionalTensor row_offsets_gate_up,
-            OptionalTensor mask_down, OptionalTensor values_down, OptionalTensor row_offsets_down,
-            OptionalTensor bias_gate_up, OptionalTensor bias_down, int64_t num_experts, int64_t hidden_size,
-            int64_t intermediate_size, bool gated, StringHandle factorization_handle) {
-  const std::string factorization = taken(factorization_handle);
-  if (num_experts < 1 || hidden_size < 1 || intermediate_size < 1)
-    refuse("pack: num_experts, hidden_size and intermediate_size must be at least 1, got ", num_experts, ", ",
-           hidden_size, " and ", intermediate_size);
+// The weight form as the arguments of an op, in their order.
+struct FormArguments {
+  OptionalTensor group, base_gate_up, base_down, u_gate_up, v_gate_up, rank_offsets_gate_up, u_down, v_down,
+      rank_offsets_down, mask_gate_up, values_gate_up, row_offsets_gate_up, mask_down, values_down,
+      row_offsets_down, bias_gate_up, bias_down;
+  int64_t num_experts, hidden_size, intermediate_size;
+  bool gated;
+  StringHandle factorization;
+};
+
+// The same as addresses. Refuses arguments that do not fit each other, or a GPU's kernels.
+Factored<const void> form_of(const char* op, const FormArguments& a,
+                             std::optional<int32_t> gpu = std::nullopt) {
+  const std::string factorization = taken(a.factorization);
+  if (a.num_experts < 1 || a.hidden_size < 1 || a.intermediate_size < 1)
+    refuse(op, ": num_experts, hidden_size and intermediate_size must be at least 1, got ", a.num_experts,
+           ", ", a.hidden_size, " and ", a.intermediate_size);
   if (factorization != "stacked")
-    refuse("pack: factorization must be 'stacked', got '", factorization, "'; the reference runs the others");
-  const OptionalTensor* floats[] = {&base_gate_up, &base_down,      &u_gate_up,   &v_gate_up,    &u_down,
-                                    &v_down,       &values_gate_up, &values_down, &bias_gate_up, &bias_down};
+    refuse(op, ": factorization must be 'stacked', got '", factorization, "'; the reference runs the others");
+  const OptionalTensor* floats[] = {&a.base_gate_up, &a.base_down, &a.u_gate_up,      &a.v_gate_up,
+                                    &a.u_down,       &a.v_down,    &a.values_gate_up, &a.values_down,
+                                    &a.bias_gate_up, &a.bias_down};
   const auto* first =
       std::find_if(std::begin(floats), std::end(floats), [](const auto* t) { return t->has_value(); });
-  if (first == std::end(floats)) refuse("pack: there must be a base, a low-rank or a sparse part, got none");
-  const Taker take{(*first)->value().scalar_type()};
+  if (first == std::end(floats)) refuse(op, ": there must be a base, a low-rank or a sparse part, got none");
+  const Taker take{op, (*first)->value().scalar_type(), gpu};
 
   Factored<const void> from;
-  from.dtype = dtype_of(take.dtype);
-  from.experts = num_experts, from.hidden = hidden_size, from.intermediate = intermediate_size;
-  from.gated = gated;
-  from.groups = side(base_gate_up, 0);
-  if (group.has_value() != base_gate_up.has_value() || group.has_value() != base_down.has_value())
-    refuse("pack: group, base_gate_up and base_down must be given together");
-  from.group = take("group", group, {num_experts}, ScalarType::Int);
+  from.dtype = dtype_of(op, take.dtype);
+  from.experts = a.num_experts, from.hidden = a.hidden_size, from.intermediate = a.intermediate_size;
+  from.gated = a.gated;
+  from.groups = side(a.base_gate_up, 0);
+  if (a.group.has_value() != a.base_gate_up.has_value() || a.group.has_value() != a.base_down.has_value())
+    refuse(op, ": group, base_gate_up and base_down must be given together");
+  from.group = take("group", a.group, {a.num_experts}, ScalarType::Int);
 
   const auto matrix =
       [&](bool down, const std::string& name, const OptionalTensor& base, const OptionalTensor& u,
@@ -274,37 +299,69 @@ Tensor pack(OptionalTensor group, OptionalTensor base_gate_up, OptionalTensor ba
         const int64_t rows = from.rows(down), columns = from.columns(down),
                       words = columns / 32 + (columns % 32 != 0);
         if (u.has_value() != v.has_value() || u.has_value() != rank_offsets.has_value())
-          refuse("pack: u_", name, ", v_", name, " and rank_offsets_", name, " must be given together");
+          refuse(op, ": u_", name, ", v_", name, " and rank_offsets_", name, " must be given together");
         if (mask.has_value() != values.has_value() || (row_offsets && !mask))
-          refuse("pack: mask_", name, " and values_", name, " must be given together, and row_offsets_", name,
+          refuse(op, ": mask_", name, " and values_", name, " must be given together, and row_offsets_", name,
                  " only with them");
         FactoredMatrix<const void> f;
         f.ranks = side(u, 0);
         f.base = take("base_" + name, base, {from.groups, rows, columns});
         f.u = take("u_" + name, u, {f.ranks, rows});
         f.v = take("v_" + name, v, {f.ranks, columns});
-        f.rank_offsets = take("rank_offsets_" + name, rank_offsets, {num_experts + 1}, ScalarType::Int);
-        f.mask = take("mask_" + name, mask, {num_experts, rows, words}, ScalarType::Int);
+        f.rank_offsets = take("rank_offsets_" + name, rank_offsets, {a.num_experts + 1}, ScalarType::Int);
+        f.mask = take("mask_" + name, mask, {a.num_experts, rows, words}, ScalarType::Int);
         if (row_offsets) {
           const bool narrow = row_offsets->scalar_type() == ScalarType::Int;
           f.row_offset_size = narrow ? 4 : 8;
-          f.row_offsets = take("row_offsets_" + name, row_offsets, {num_experts * rows + 1},
+          f.row_offsets = take("row_offsets_" + name, row_offsets, {a.num_experts * rows + 1},
                                narrow ? ScalarType::Int : ScalarType::Long);
           f.nnz = side(values, 0);
           f.values = take("values_" + name, values, {f.nnz});
         } else if (values) {
           f.block_kept = side(values, 3);
-          f.values = take("values_" + name, values, {num_experts, rows, words, f.block_kept});
+          f.values = take("values_" + name, values, {a.num_experts, rows, words, f.block_kept});
           if (f.block_kept < 1 || f.block_kept > 32)
-            refuse("pack: values_", name, " must keep 1 to 32 of 32 columns, got ", f.block_kept);
+            refuse(op, ": values_", name, " must keep 1 to 32 of 32 columns, got ", f.block_kept);
         }
-        f.bias = take("bias_" + name, bias, {num_experts, rows});
+        f.bias = take("bias_" + name, bias, {a.num_experts, rows});
         return f;
       };
-  from.gate_up = matrix(false, "gate_up", base_gate_up, u_gate_up, v_gate_up, rank_offsets_gate_up,
-                        mask_gate_up, values_gate_up, row_offsets_gate_up, bias_gate_up);
-  from.down = matrix(true, "down", base_down, u_down, v_down, rank_offsets_down, mask_down, values_down,
-                     row_offsets_down, bias_down);
+  from.gate_up = matrix(false, "gate_up", a.base_gate_up, a.u_gate_up, a.v_gate_up, a.rank_offsets_gate_up,
+                        a.mask_gate_up, a.values_gate_up, a.row_offsets_gate_up, a.bias_gate_up);
+  from.down = matrix(true, "down", a.base_down, a.u_down, a.v_down, a.rank_offsets_down, a.mask_down,
+                     a.values_down, a.row_offsets_down, a.bias_down);
+  return from;
+}
+
+Tensor pack(OptionalTensor group, OptionalTensor base_gate_up, OptionalTensor base_down,
+            OptionalTensor u_gate_up, OptionalTensor v_gate_up, OptionalTensor rank_offsets_gate_up,
+            OptionalTensor u_down, OptionalTensor v_down, OptionalTensor rank_offsets_down,
+            OptionalTensor mask_gate_up, OptionalTensor values_gate_up, OptionalTensor row_offsets_gate_up,
+            OptionalTensor mask_down, OptionalTensor values_down, OptionalTensor row_offsets_down,
+            OptionalTensor bias_gate_up, OptionalTensor bias_down, int64_t num_experts, int64_t hidden_size,
+            int64_t intermediate_size, bool gated, StringHandle factorization) {
+  const Factored<const void> from = form_of("pack", {group,
+                                                     base_gate_up,
+                                                     base_down,
+                                                     u_gate_up,
+                                                     v_gate_up,
+                                                     rank_offsets_gate_up,
+                                                     u_down,
+                                                     v_down,
+                                                     rank_offsets_down,
+                                                     mask_gate_up,
+                                                     values_gate_up,
+                                                     row_offsets_gate_up,
+                                                     mask_down,
+                                                     values_down,
+                                                     row_offsets_down,
+                                                     bias_gate_up,
+                                                     bias_down,
+                                                     num_experts,
+                                                     hidden_size,
+                                                     intermediate_size,
+                                                     gated,
+                                                     factorization});
 
   // A tensor of its own, so the allocator's 64 bytes are its alignment.
   const Tensor packed = torch::stable::empty({resmoe::packed_bytes(from)}, ScalarType::Byte);
@@ -367,14 +424,25 @@ std::tuple<std::vector<Tensor>, std::vector<int64_t>, std::vector<int64_t>> unpa
 
 // ---- the expert layer
 
-resmoe::Activation activation_of(const std::string& name) {
+void check_slots(const char* op, const Tensor& x, const Tensor& top_k_index, const Tensor& top_k_weights) {
+  const ScalarType index_dtype = top_k_index.scalar_type();
+  if (top_k_index.dim() != 2 || top_k_index.size(0) != x.size(0) ||
+      (index_dtype != ScalarType::Int && index_dtype != ScalarType::Long))
+    refuse(op, ": top_k_index must be (", x.size(0), ", top_k) int32 or int64, got ", shown(top_k_index));
+  if (top_k_weights.dim() != 2 || top_k_weights.size(0) != x.size(0) ||
+      top_k_weights.size(1) != top_k_index.size(1))
+    refuse(op, ": top_k_weights must be (", x.size(0), ", ", top_k_index.size(1), "), got ",
+           shown(top_k_weights));
+}
+
+resmoe::Activation activation_of(const char* op, const std::string& name) {
   using resmoe::Activation;
   constexpr std::pair<const char*, Activation> known[] = {
       {"silu", Activation::silu}, {"gelu", Activation::gelu},   {"gelu_tanh", Activation::gelu_tanh},
       {"relu", Activation::relu}, {"relu2", Activation::relu2}, {"identity", Activation::identity}};
   for (const auto& [its_name, activation] : known)
     if (name == its_name) return activation;
-  refuse("experts: activation must be silu, gelu, gelu_tanh, relu, relu2 or identity, got '", name, "'");
+  refuse(op, ": activation must be silu, gelu, gelu_tanh, relu, relu2 or identity, got '", name, "'");
 }
 
 Tensor experts_packed(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor packed, int64_t hidden_size,
@@ -387,14 +455,7 @@ Tensor experts_packed(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor
     refuse("experts: x must be (T, ", layer.hidden, ") bfloat16, float16 or float32, got ", shown(x));
   if (hidden_size != layer.hidden)
     refuse("experts: hidden_size must be ", layer.hidden, ", that of the packed layer, got ", hidden_size);
-  const ScalarType index_dtype = top_k_index.scalar_type();
-  if (top_k_index.dim() != 2 || top_k_index.size(0) != x.size(0) ||
-      (index_dtype != ScalarType::Int && index_dtype != ScalarType::Long))
-    refuse("experts: top_k_index must be (", x.size(0), ", top_k) int32 or int64, got ", shown(top_k_index));
-  if (top_k_weights.dim() != 2 || top_k_weights.size(0) != x.size(0) ||
-      top_k_weights.size(1) != top_k_index.size(1))
-    refuse("experts: top_k_weights must be (", x.size(0), ", ", top_k_index.size(1), "), got ",
-           shown(top_k_weights));
+  check_slots("experts", x, top_k_index, top_k_weights);
 
   if (x.stride(1) != 1 || x.stride(0) < x.size(1)) x = torch::stable::contiguous(x);
   top_k_index = torch::stable::contiguous(top_k_index);
@@ -407,21 +468,207 @@ Tensor experts_packed(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor
   const resmoe::Kernels* kernels = nullptr;
   if (dtype == ScalarType::BFloat16) kernels = resmoe::kernels(isa, layer.dtype, resmoe::Operand::bfloat16);
   if (kernels == nullptr) kernels = resmoe::kernels(isa, layer.dtype, resmoe::Operand::float32);
-  resmoe::experts_packed(
-      layer,
-      {x.const_data_ptr(), x.stride(0), dtype_of(dtype), top_k_index.const_data_ptr(),
-       index_dtype == ScalarType::Long, static_cast<const float*>(top_k_weights.const_data_ptr()), x.size(0),
-       top_k_index.size(1), activation_of(activation), y.mutable_data_ptr()},
-      *kernels, torch::stable::get_num_threads(),
-      [](int64_t participants, void (*body)(void*), void* context) {
-        torch::stable::parallel_for(0, participants, 1, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) body(context);
-        });
-      });
+  resmoe::experts_packed(layer,
+                         {x.const_data_ptr(), x.stride(0), dtype_of("experts", dtype),
+                          top_k_index.const_data_ptr(), top_k_index.scalar_type() == ScalarType::Long,
+                          static_cast<const float*>(top_k_weights.const_data_ptr()), x.size(0),
+                          top_k_index.size(1), activation_of("experts", activation), y.mutable_data_ptr()},
+                         *kernels, torch::stable::get_num_threads(),
+                         [](int64_t participants, void (*body)(void*), void* context) {
+                           torch::stable::parallel_for(0, participants, 1, [&](int64_t begin, int64_t end) {
+                             for (int64_t i = begin; i < end; ++i) body(context);
+                           });
+                         });
   return y;
 }
 
+#ifdef RESMOE_CUDA
+// ---- the expert layer on a GPU
+
+// Found at run time, for one extension that loads in every torch: one without CUDA has no such function to
+// link, and the stable ABI has it from torch 2.13 on.
+void* current_stream(int32_t gpu) {
+  using CurrentStream = AOTITorchError (*)(int32_t gpu, void** stream);
+  static const auto function = [] {
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return torch_cuda == nullptr
+               ? nullptr
+               : reinterpret_cast<CurrentStream>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream"));
+  }();
+  if (function == nullptr) throw std::runtime_error("resmoe_kernels: this torch is built without CUDA");
+  void* stream = nullptr;
+  if (function(gpu, &stream) != AOTI_TORCH_SUCCESS)
+    throw std::runtime_error("resmoe_kernels: torch has no current stream on GPU " + std::to_string(gpu));
+  return stream;
+}
+
+// An argument of a call as kernels read it. Weights are refused instead: copying them would take longer than
+// the call.
+Tensor laid_out(const Tensor& tensor) {
+  const Tensor contiguous = torch::stable::contiguous(tensor);
+  return is_aligned(contiguous) ? contiguous : torch::stable::clone(contiguous);
+}
+
+// A size for kernels, which count in 32 bits.
+int32_t counted(const char* op, const char* name, int64_t size) {
+  constexpr int64_t limit = 1 << 26;
+  if (size > limit) refuse(op, ": ", name, " must be at most ", limit, ", got ", size);
+  return static_cast<int32_t>(size);
+}
+
+resmoe::cuda::Function function_of(resmoe::Activation activation) {
+  using resmoe::Activation;
+  using resmoe::cuda::Function;
+  switch (activation) {
+    case Activation::silu:
+      return Function::silu;
+    case Activation::gelu:
+      return Function::gelu;
+    case Activation::gelu_tanh:
+      return Function::gelu_tanh;
+    case Activation::relu:
+      return Function::relu;
+    case Activation::relu2:
+      return Function::relu2;
+    case Activation::identity:
+      break;
+  }
+  return Function::identity;
+}
+
+// `resmoe::experts` for few tokens, by the kernel of one form each.
+struct LowRankDecode {
+  using Call = resmoe::cuda::LowRankCall;
+  static constexpr const char* op = "low_rank_decode";
+  static constexpr const char* serves = "a low-rank part";
+  static constexpr auto start = resmoe::cuda::low_rank_decode;
+
+  static bool has_other_parts(const FactoredMatrix<const void>& from) { return from.mask != nullptr; }
+
+  static resmoe::cuda::LowRankMatrix matrix(const FactoredMatrix<const void>& from) {
+    return {from.base, from.u, from.v, static_cast<const int32_t*>(from.rank_offsets),
+            counted(op, "the sum of ranks", from.ranks)};
+  }
+};
+
+struct BlockSparseDecode {
+  using Call = resmoe::cuda::BlockSparseCall;
+  static constexpr const char* op = "block_sparse_decode";
+  static constexpr const char* serves = "a block-sparse part";
+  static constexpr auto start = resmoe::cuda::block_sparse_decode;
+
+  static bool has_other_parts(const FactoredMatrix<const void>& from) {
+    return from.rank_offsets != nullptr || from.row_offsets != nullptr;
+  }
+
+  static resmoe::cuda::BlockSparseMatrix matrix(const FactoredMatrix<const void>& from) {
+    return {from.base, static_cast<const uint32_t*>(from.mask), from.values,
+            static_cast<int32_t>(from.block_kept)};
+  }
+};
+
+template <typename Decode>
+Tensor decode(Tensor x, Tensor top_k_index, Tensor top_k_weights, OptionalTensor group,
+              OptionalTensor base_gate_up, OptionalTensor base_down, OptionalTensor u_gate_up,
+              OptionalTensor v_gate_up, OptionalTensor rank_offsets_gate_up, OptionalTensor u_down,
+              OptionalTensor v_down, OptionalTensor rank_offsets_down, OptionalTensor mask_gate_up,
+              OptionalTensor values_gate_up, OptionalTensor row_offsets_gate_up, OptionalTensor mask_down,
+              OptionalTensor values_down, OptionalTensor row_offsets_down, OptionalTensor bias_gate_up,
+              OptionalTensor bias_down, int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
+              bool gated, StringHandle factorization, StringHandle activation_handle) {
+  constexpr const char* op = Decode::op;
+  const std::string activation = taken(activation_handle);
+  const int32_t gpu = x.get_device_index();
+  const Factored<const void> form = form_of(op,
+                                            {group,
+                                             base_gate_up,
+                                             base_down,
+                                             u_gate_up,
+                                             v_gate_up,
+                                             rank_offsets_gate_up,
+                                             u_down,
+                                             v_down,
+                                             rank_offsets_down,
+                                             mask_gate_up,
+                                             values_gate_up,
+                                             row_offsets_gate_up,
+                                             mask_down,
+                                             values_down,
+                                             row_offsets_down,
+                                             bias_gate_up,
+                                             bias_down,
+                                             num_experts,
+                                             hidden_size,
+                                             intermediate_size,
+                                             gated,
+                                             factorization},
+                                            gpu);
+  if (form.groups > 1 || bias_gate_up || bias_down || Decode::has_other_parts(form.gate_up) ||
+      Decode::has_other_parts(form.down))
+    refuse(
+        op, ": weights must be at most one base and ", Decode::serves, ", got ", form.groups, " bases",
+        bias_gate_up || bias_down ? ", biases" : "",
+        Decode::has_other_parts(form.gate_up) || Decode::has_other_parts(form.down) ? ", other parts" : "");
+  const ScalarType dtype = x.scalar_type();
+  if (x.dim() != 2 || x.size(1) != form.hidden || dtype == ScalarType::Float ||
+      dtype != scalar_type_of(form.dtype))
+    refuse(op, ": x must be (T, ", form.hidden, ") bfloat16 or float16, and the weights the same, which are ",
+           torch::headeronly::toString(scalar_type_of(form.dtype)), ", got ", shown(x));
+  check_slots(op, x, top_k_index, top_k_weights);
+  for (const Tensor* slots : {&top_k_index, &top_k_weights})
+    if (slots->get_device_index() != gpu)
+      refuse(op, ": top_k_index and top_k_weights must be on x's GPU ", gpu, ", got one on ",
+             slots->get_device_index());
+
+  typename Decode::Call call{};
+  call.tokens = counted(op, "T", x.size(0));
+  call.top_k = counted(op, "top_k", top_k_index.size(1));
+  call.experts = counted(op, "num_experts", form.experts);
+  call.hidden = counted(op, "hidden_size", form.hidden);
+  call.inner = counted(op, "intermediate_size", form.intermediate);
+  call.gated = form.gated;
+  call.function = function_of(activation_of(op, activation));
+  call.group = static_cast<const int32_t*>(form.group);
+  call.gate_up = Decode::matrix(form.gate_up);
+  call.down = Decode::matrix(form.down);
+  if (const char* reason = declines(call))
+    refuse(op, ": the kernel does not serve ", reason, ", got T ", call.tokens, ", top_k ", call.top_k,
+           ", E ", call.experts, ", H ", call.hidden, ", I ", call.inner);
+  if (call.tokens == 0 || call.top_k == 0) return torch::stable::new_zeros(x, {x.size(0), x.size(1)});
+
+  void* stream = current_stream(gpu);
+  const resmoe::cuda::OnDevice there(gpu);
+  if (there.fault() != nullptr) throw std::runtime_error(std::string(op) + ": " + there.fault());
+  x = laid_out(x), top_k_index = laid_out(top_k_index);
+  const ScalarType weights_dtype = top_k_weights.scalar_type();
+  const bool is_half = weights_dtype == ScalarType::BFloat16 || weights_dtype == ScalarType::Half;
+  top_k_weights = laid_out(is_half ? top_k_weights : torch::stable::to(top_k_weights, ScalarType::Float));
+  const Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  const Tensor workspace =
+      torch::stable::new_empty(x, {static_cast<int64_t>(workspace_bytes(call))}, ScalarType::Byte);
+
+  using resmoe::cuda::Element;
+  using resmoe::cuda::Real;
+  call.element = dtype == ScalarType::BFloat16 ? Element::bfloat16 : Element::float16;
+  call.x = x.const_data_ptr();
+  call.top_k_index = top_k_index.const_data_ptr();
+  call.index_is_64 = top_k_index.scalar_type() == ScalarType::Long;
+  call.top_k_weights = top_k_weights.const_data_ptr();
+  call.weights_type = weights_dtype == ScalarType::BFloat16 ? Real::bfloat16
+                      : weights_dtype == ScalarType::Half   ? Real::float16
+                                                            : Real::float32;
+  call.workspace = workspace.mutable_data_ptr();
+  call.y = y.mutable_data_ptr();
+  if (const char* error = Decode::start(call, stream)) throw std::runtime_error(error);
+  return y;
+}
+#endif
+
+// ---- what this library is
+
 std::string cpu_isa() { return resmoe::name(resmoe::chosen()); }
+
+std::string build_info() { return RESMOE_BUILT; }  // a sentence: setup.py says it
 
 }  // namespace
 
@@ -432,4 +679,14 @@ STABLE_TORCH_LIBRARY_IMPL(resmoe, CPU, m) {
   m.impl("experts_packed", TORCH_BOX(&experts_packed));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(resmoe, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+#ifdef RESMOE_CUDA
+STABLE_TORCH_LIBRARY_IMPL(resmoe, CUDA, m) {
+  m.impl(LowRankDecode::op, TORCH_BOX(&decode<LowRankDecode>));
+  m.impl(BlockSparseDecode::op, TORCH_BOX(&decode<BlockSparseDecode>));
+}
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(resmoe, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("build_info", TORCH_BOX(&build_info));
+}

@@ -1,4 +1,4 @@
-"""The command line: ``resmoe compress | inspect | eval | generate``, each a call of one function."""
+"""The command line: ``resmoe compress | inspect | eval | generate | env``, each a call of one function."""
 
 from __future__ import annotations
 
@@ -109,6 +109,14 @@ def generate_command(
     """Continue a prompt, greedily."""
     model, tokenizer = _load(out, trust_remote_code)
     print(continuation(model, tokenizer, prompt, max_new_tokens))
+
+
+@app.command("env")
+def env_command() -> None:
+    """Show versions, what was built, GPUs, and the backends with the reason why one is missing."""
+    from resmoe_kernels.python_ops.environment import aligned, environment
+
+    print(aligned(environment()))
 
 
 def inspect_checkpoint(folder: str | Path) -> list[dict[str, Any]]:

@@ -11,12 +11,14 @@ from resmoe_kernels.ops import declines_call
 MOST_TOKENS = 16  # of one call, as csrc/cuda/low_rank_decode.h says
 MOST_PAIRS = 256
 MOST_EXPERTS = 1024
+ALIGNMENT = 16  # bytes: what one load of a weight reads
 
 
 def experts(
     x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, weights: FactoredExperts, activation: str = "silu"
 ) -> Tensor:
-    """What ``experts_reference.experts`` computes, for calls that ``declines`` lets pass: one persistent kernel.
+    """What ``experts_reference.experts`` computes, for calls that ``declines`` lets pass: one persistent kernel, of
+    low-rank or of block-sparse experts.
 
     Products multiply operands in the dtype of x; V x, w h and their sums are rounded to it, everything else is float32.
     The result does not depend on scheduling. The call can be captured in a CUDA graph: it clears its flags itself.
@@ -24,32 +26,47 @@ def experts(
     tensors = [None if (t := getattr(weights, name)) is None else t.contiguous() for name in TENSOR_NAMES]
     sizes = [getattr(weights, name) for name in SIZE_NAMES]
     call = (x.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous())
-    return torch.ops.resmoe.low_rank_decode(*call, *tensors, *sizes, activation)
+    op = torch.ops.resmoe.low_rank_decode if weights.mask_down is None else torch.ops.resmoe.block_sparse_decode
+    return op(*call, *tensors, *sizes, activation)
 
 
 def declines(x: Tensor, top_k_index: Tensor, weights: FactoredExperts, activation: str) -> str | None:
-    """What of a call the CUDA kernel does not serve, None if it serves it all. Reads no contents."""
+    """What of a call the CUDA kernels do not serve, None if they serve it all. Reads no contents."""
     tokens, pairs = x.shape[0], top_k_index.numel()
     if not 0 < tokens <= MOST_TOKENS or not 0 < pairs <= MOST_PAIRS:
         return f"{tokens} tokens of {top_k_index.shape[1]} slots (1 to {MOST_TOKENS}, {MOST_PAIRS} pairs)"
+    for name, tensor in weights.tensors().items():
+        if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT:
+            return f"{name} that does not begin at a multiple of {ALIGNMENT} bytes"
     return declines_layer(weights, x.dtype, activation)
 
 
 def declines_layer(weights: FactoredExperts, dtype: torch.dtype, activation: str) -> str | None:
-    """What of a layer it does not serve with x of this dtype, at any number of tokens."""
+    """What of a layer they do not serve with x of this dtype, at any number of tokens."""
+    sparse = [getattr(weights, f"mask_{m}") is not None for m in MATRICES]
+    low_rank = any(getattr(weights, f"u_{m}") is not None for m in MATRICES)
     if weights.factorization != "stacked":
         return f"factorization {weights.factorization!r}"
-    if any(getattr(weights, f"{part}_{m}") is not None for part in ("mask", "bias") for m in MATRICES):
-        return "a sparse residual or a bias"
+    if any(getattr(weights, f"bias_{m}") is not None for m in MATRICES):
+        return "biases"
+    if any(sparse) and (low_rank or not all(sparse)):
+        return "a sparse residual that is not alone and in both matrices"
+    if any(getattr(weights, f"row_offsets_{m}") is not None for m in MATRICES):
+        return "a bitmap"
     if weights.base_gate_up is not None and weights.base_gate_up.shape[0] > 1:
         return f"{weights.base_gate_up.shape[0]} groups"
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"x of {str(dtype).removeprefix('torch.')}"
+        return f"x of {_name(dtype)}"
     for name, tensor in weights.tensors().items():
         if tensor.is_floating_point() and tensor.dtype != dtype:
-            return f"{name} of {str(tensor.dtype).removeprefix('torch.')} with x of {str(dtype).removeprefix('torch.')}"
-    if weights.hidden_size % 32 or weights.intermediate_size % 16:
-        return f"H = {weights.hidden_size}, I = {weights.intermediate_size} (multiples of 32 and 16)"
+            return f"{name} of {_name(tensor.dtype)} with x of {_name(dtype)}"
+    least = 32 if any(sparse) else 16
+    if weights.hidden_size % 32 or weights.intermediate_size % least:
+        return f"H = {weights.hidden_size}, I = {weights.intermediate_size} (multiples of 32 and {least})"
     if weights.num_experts > MOST_EXPERTS:
         return f"{weights.num_experts} experts (at most {MOST_EXPERTS})"
     return declines_call(dtype, activation)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -176,6 +176,7 @@ def _elsewhere(device: str, packed: bool) -> str | None:
 
 
 _lib.define("cpu_isa() -> str")  # the instruction set whose kernels run on this CPU
+_lib.define("build_info() -> str")  # what the extension was built with
 
 
 # ---- expand_sparse
@@ -509,8 +510,9 @@ def _experts_on_cpu(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest
 
 # ---- GPUs
 
-_lib.define(f"low_rank_decode({_EXPERTS_ARGUMENTS}) -> Tensor")
-torch.library.register_fake("resmoe::low_rank_decode", _experts_fake, lib=_lib)
+for _name in ("low_rank_decode", "block_sparse_decode"):  # one form each, few tokens: see experts_cuda.py
+    _lib.define(f"{_name}({_EXPERTS_ARGUMENTS}) -> Tensor")
+    torch.library.register_fake(f"resmoe::{_name}", _experts_fake, lib=_lib)
 
 
 def _experts_on_gpu(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest) -> Tensor:

@@ -1,6 +1,10 @@
 """The C++ extension: built, registered, right for every dtype and layout, and plain about what it refuses."""
 
 import random
+import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -45,6 +49,30 @@ def make(seed: int, rows: int, width: int, density: float, dtype: torch.dtype):
 
 def test_the_extension_is_built_and_registered_for_cpu():
     assert torch._C._dispatch_has_kernel_for_dispatch_key("resmoe::expand_sparse", "CPU")
+
+
+def test_the_extension_says_what_was_built():
+    built = torch.ops.resmoe.build_info()
+    assert re.fullmatch(r"CPU kernels \(portable.*\)( only: .+| and CUDA kernels \(sm_.*; nvcc [0-9.]+\))", built)
+    assert torch.ops.resmoe.cpu_isa() in built
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("readelf"), reason="needs readelf")
+def test_the_extension_needs_no_cuda_and_shows_none(repo):
+    """Built with CUDA kernels, it loads where no driver and no CUDA library is, and no other CUDA runtime can take the
+    place of the one inside it."""
+    (library,) = (repo / "resmoe_kernels").glob("_C*.so")
+
+    def read(*arguments: str) -> list[str]:
+        done = subprocess.run(["readelf", *arguments, "--wide", library], capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    needed = [line for line in read("--dynamic") if "(NEEDED)" in line]
+    assert any("libtorch_cpu.so" in line for line in needed)
+    assert not [line for line in needed if re.search(r"libcud|libtorch_cuda|libc10_cuda|libnv", line)]
+    symbols = "\n".join(read("--dyn-syms"))
+    assert "aoti_torch_get_dtype" in symbols
+    assert not re.search(r" _*(cuda|cu[A-Z])\w*", symbols)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -111,6 +112,90 @@ def test_missing_extension_is_said_once(tmp_path, repo):
     assert done.stdout.strip() == f"{tmp_path}/resmoe_kernels/__init__.py ('reference',)"
     sentence = "resmoe_kernels: the C++ extension is not built; every op runs on the plain PyTorch reference"
     assert done.stderr.count(sentence) == 1
+
+
+# ---- what is given away: the sdist, and the wheel built from it
+
+
+def builds(call: str, folder: Path, to: Path) -> Path:
+    """What setuptools' build backend makes of a folder, as pip asks it to."""
+    code = f"from setuptools import build_meta\nbuild_meta.{call}({str(to)!r})"
+    without_cuda = os.environ | {"RESMOE_BUILD": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=without_cuda, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return next(to.iterdir())
+
+
+@pytest.fixture(scope="module")
+def unpacked_sdist(tmp_path_factory, repo) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    unwanted = shutil.ignore_patterns(".*", "build", "dist", "demo-out", "__pycache__", "*.so", "*.egg-info")
+    shutil.copytree(repo, folder / "tree", ignore=unwanted)
+    archive = builds("build_sdist", folder / "tree", folder / "dist")
+    shutil.unpack_archive(archive, folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="module")
+def unpacked_wheel(tmp_path_factory, repo, unpacked_sdist) -> Path:
+    """From the sdist; the extension is the one of the checkout, as compiling it anew takes minutes."""
+    built = sorted((repo / "resmoe_kernels").glob("_C*.so"))[0]
+    code = (
+        "from setuptools import Distribution, Extension\n"
+        "command = Distribution({'ext_modules': [Extension('a', [])]}).get_command_obj('build_ext')\n"
+        "command.ensure_finalized()\nprint(command.build_lib)"
+    )
+    library = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    there = unpacked_sdist / library / "resmoe_kernels"
+    there.mkdir(parents=True)
+    shutil.copy(built, there)
+    later = time.time() + 3600  # than all sources
+    os.utime(there / built.name, (later, later))
+    folder = tmp_path_factory.mktemp("wheel")
+    wheel = builds("build_wheel", unpacked_sdist, folder / "dist")
+    assert wheel.name.split("-")[2:4] == ["cp310", "abi3"]  # one for every Python
+    shutil.unpack_archive(wheel, folder / "unpacked", "zip")
+    return folder / "unpacked"
+
+
+def files(folder: Path, *parts: str) -> set[str]:
+    """The files of these parts of a folder, but no compiled ones."""
+    found = (path for part in parts for path in (folder / part).rglob("*") if path.is_file())
+    return {str(p.relative_to(folder)) for p in found if p.suffix not in (".so", ".pyc")}
+
+
+def test_sdist_holds_all_that_builds_and_tests_need(repo, unpacked_sdist):
+    parts = ("csrc", "resmoe_kernels", "python_ops", "tests")
+    assert files(repo, *parts) <= files(unpacked_sdist, *parts)
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "CHANGELOG.md", "LICENSE"):
+        assert (unpacked_sdist / name).is_file()
+
+
+def test_wheel_holds_the_package_and_nothing_else(repo, unpacked_wheel):
+    expected = files(repo, "resmoe_kernels") | {f"resmoe_kernels/{f}" for f in files(repo, "python_ops")}
+    found = {name for name in files(unpacked_wheel, ".") if ".dist-info/" not in name}
+    assert found == expected
+    assert "resmoe_kernels/py.typed" in found
+    (entry_points,) = unpacked_wheel.glob("*.dist-info/entry_points.txt")
+    assert "resmoe = resmoe_kernels.python_ops.cli:main" in entry_points.read_text()
+
+
+def test_wheel_runs_elsewhere(unpacked_wheel):
+    code = (
+        "import torch, resmoe_kernels as rk\n"
+        "torch.manual_seed(0)\n"
+        "layer = rk.FactoredExperts(num_experts=2, hidden_size=32, intermediate_size=16, gated=True,\n"
+        "    group=torch.zeros(2).int(), base_gate_up=torch.randn(1, 32, 32), base_down=torch.randn(1, 32, 16))\n"
+        "call = torch.randn(3, 32), torch.tensor([[0], [1], [0]]), torch.ones(3, 1)\n"
+        "y = rk.experts(*call, rk.PackedExperts.pack(layer))\n"
+        "with rk.backend('reference'):\n    expected = rk.experts(*call, layer)\n"
+        "torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)\n"
+        "from resmoe_kernels.python_ops.environment import environment\n"
+        "print(rk.__file__, 'cpu' in rk.backends(), dict(environment())['built'])\n"
+    )
+    done = run_uninstalled(unpacked_wheel, code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{unpacked_wheel}/resmoe_kernels/__init__.py True CPU kernels (portable")
 
 
 # ---- when_imported

@@ -88,7 +88,7 @@ struct Scratch {
     struct {
       int32_t index[kMaxPairs];
       uint32_t seen[kMaxExperts];
-    };
+    } slots;
     float parts[2][kWarps][16 * kMaxTokens];
   };
 };
@@ -147,21 +147,21 @@ __device__ __forceinline__ int base_tasks(const LowRankCall& call) {
 __device__ inline void find_routing(const LowRankCall& call, Scratch& scratch) {
   Routing& routing = scratch.routing;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, pairs = call.tokens * call.top_k;
-  for (int e = thread; e < call.experts; e += kThreads) scratch.seen[e] = 0;
+  for (int e = thread; e < call.experts; e += kThreads) scratch.slots.seen[e] = 0;
   __syncthreads();
   if (thread < pairs) {
     const int64_t id = call.index_is_64 ? static_cast<const int64_t*>(call.top_k_index)[thread]
                                         : static_cast<const int32_t*>(call.top_k_index)[thread];
     const bool valid = id >= 0 && id < call.experts;
-    scratch.index[thread] = valid ? static_cast<int32_t>(id) : -1;
-    if (valid) atomicOr(&scratch.seen[id], 1u << (thread / call.top_k));
+    scratch.slots.index[thread] = valid ? static_cast<int32_t>(id) : -1;
+    if (valid) atomicOr(&scratch.slots.seen[id], 1u << (thread / call.top_k));
   }
   __syncthreads();
   if (thread < 32) {  // one warp lists what was seen, then adds up the strips
     int hits = 0;
     for (int first = 0; first < call.experts; first += 32) {
       const int e = first + lane;
-      const uint32_t seen = e < call.experts ? scratch.seen[e] : 0;
+      const uint32_t seen = e < call.experts ? scratch.slots.seen[e] : 0;
       const uint32_t vote = __ballot_sync(~0u, seen != 0);
       if (seen != 0) {
         const int i = hits + __popc(vote & ((1u << lane) - 1));
@@ -211,7 +211,7 @@ __device__ inline void find_routing(const LowRankCall& call, Scratch& scratch) {
     int slot = 0;
     if (t < call.tokens) {
       for (int j = call.top_k - 1; j >= 0; --j) {
-        if (scratch.index[t * call.top_k + j] == routing.expert[i]) {
+        if (scratch.slots.index[t * call.top_k + j] == routing.expert[i]) {
           weight += weight_of(call, t * call.top_k + j);
           slot = j;
         }
