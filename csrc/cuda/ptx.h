@@ -1,4 +1,4 @@
-// The PTX instructions that the kernels use, as functions, and how a kernel is started.
+// The PTX instructions that the kernels use, as functions.
 //
 // nvcc gets the instructions. With RESMOE_EMULATE_CUDA any C++ compiler gets functions that do the same on
 // the CPU, for tests on machines without a GPU (tests/cpp/cuda_emulation.h). So kernels have no assembly of

@@ -90,6 +90,9 @@ struct Matrix {
       mask.push_back(c.broken_masks ? static_cast<uint32_t>(generator() & generator()) : word);
     }
     for (size_t at = 0; at < many(kept); ++at) values.push_back(from_float<T>(2 * normal(generator)));
+    base.shrink_to_fit();  // AddressSanitizer knows where memory ends, not vectors
+    mask.shrink_to_fit();
+    values.shrink_to_fit();
   }
 
   BlockSparseMatrix pointers(bool has_base) const {
@@ -158,6 +161,7 @@ struct Layer {
     for (int at = 0; at < c.tokens * c.hidden; ++at) x.push_back(from_float<T>(normal(generator)));
     for (int at = 0; at < c.tokens * c.top_k; ++at) weights.push_back(from_float<T>(uniform(generator)));
     for (const int64_t id : index) index_32.push_back(id == int64_t{1} << 32 ? -7 : static_cast<int32_t>(id));
+    x.shrink_to_fit();
     y.resize(x.size());
     call.element = std::is_same_v<T, __half> ? Element::float16 : Element::bfloat16;
     call.x = x.data();
