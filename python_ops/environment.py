@@ -18,8 +18,8 @@ def environment() -> list[tuple[str, str]]:
     compiled = missing is None
     return [
         ("resmoe_kernels", f"{resmoe_kernels.__version__} in {Path(resmoe_kernels.__file__).parent}"),
-        ("built", torch.ops.resmoe.build_info() if compiled else f"nothing: {missing}"),
-        ("CPU kernels in use", torch.ops.resmoe.cpu_isa() if compiled else "none"),
+        ("built", ops.build_info() if compiled else f"nothing: {missing}"),
+        ("CPU kernels in use", ops.cpu_isa() if compiled else "none"),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         ("torch", f"{torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'without CUDA'}"),
         *((package, _version(package)) for package in ("triton", "transformers")),

@@ -144,7 +144,7 @@ def explain(weights: FactoredExperts | PackedExperts | torch.nn.Module, activati
         return f"resmoe::experts on {device}: {backend} ({target_of(next(iter(form.tensors().values())).device)})"
     else:
         anew = "" if packed else "; packed anew for every call, PackedExperts.pack does it once"
-        return f"resmoe::experts on {device}: cpu ({torch.ops.resmoe.cpu_isa()}{anew})"
+        return f"resmoe::experts on {device}: cpu ({cpu_isa()}{anew})"
     lines = [f"resmoe::experts on {device}: {runs}"]
     if any(name.startswith("mask") for name in form.tensors()):
         compiled = device == "cpu" and _has_cpu_kernel("expand_sparse") and _forced != "reference"
@@ -175,8 +175,18 @@ def _elsewhere(device: str, packed: bool) -> str | None:
     return f"tensors on {device}" if device == "cpu" and not interprets() else None
 
 
-_lib.define("cpu_isa() -> str")  # the instruction set whose kernels run on this CPU
-_lib.define("build_info() -> str")  # what the extension was built with
+_lib.define("cpu_isa() -> str")
+_lib.define("build_info() -> str")
+
+
+def cpu_isa() -> str:
+    """The instruction set whose kernels run on this CPU; needs the extension."""
+    return torch.ops.resmoe.cpu_isa()
+
+
+def build_info() -> str:
+    """What the extension was built with, in a line; needs it."""
+    return torch.ops.resmoe.build_info()
 
 
 # ---- expand_sparse
