@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from resmoe_kernels.factored import FactoredExperts
 from resmoe_kernels.heuristics import Problem, tile_of
-from resmoe_kernels.launch_triton import cdiv, has_dependent_launch, launch
+from resmoe_kernels.launch_triton import cdiv, has_dependent_launch, launch, next_power_of_2
 from resmoe_kernels.tiles_triton import first_value, pointwise, sparse_tile
 
 
@@ -67,7 +67,7 @@ def decode(
     common = {
         "OPERAND": getattr(tl, str(operand).removeprefix("torch.")),
         "BLOCK_T": at_x.tokens,
-        "BLOCK_SLOTS": 1 << (top_k - 1).bit_length(),
+        "BLOCK_SLOTS": next_power_of_2(top_k),
     }
     overlaps = has_dependent_launch(target)
 
@@ -80,7 +80,7 @@ def decode(
         *(a, c, hit_experts, rank_blocks, counters),
         *(T, top_k, E, H, N, G * base_tiles, base_tiles, per_expert, places, counters.numel()),
         **common,
-        BLOCK_E=1 << (E - 1).bit_length(),
+        BLOCK_E=next_power_of_2(E),
         ROWS=at_x.rows,
         DEPTH=at_x.depth,
         RANK_BLOCK=at_down.depth,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from resmoe_kernels.factored import FactoredExperts
 from resmoe_kernels.heuristics import Problem, Tile, tile_of
-from resmoe_kernels.launch_triton import launch
+from resmoe_kernels.launch_triton import cdiv, launch, next_power_of_2
 from resmoe_kernels.routing_triton import expert_of, find_tile, sort_pairs
 from resmoe_kernels.tiles_triton import first_value, pointwise, sparse_tile
 
@@ -51,7 +51,7 @@ def prefill(
     expert_offsets, sorted_pairs = sort_pairs(top_k_index, E)
     common = {
         "OPERAND": getattr(tl, str(operand).removeprefix("torch.")),
-        "BLOCK_E": triton.next_power_of_2(E),
+        "BLOCK_E": next_power_of_2(E),
     }
 
     def tiles(tile: Tile) -> int:
@@ -65,7 +65,7 @@ def prefill(
             return None
         tile = tile_of("prefill_shrink", problem, target)
         c = source.new_empty((T * top_k, part.width), dtype=operand)
-        blocks = triton.cdiv(mean_rank, tile.rows)
+        blocks = cdiv(mean_rank, tile.rows)
         launch(
             prefill_shrink,
             (tiles(tile) * blocks,),
@@ -88,7 +88,7 @@ def prefill(
         tile = tile_of("prefill_sum", problem, target)
         launch(
             prefill_sum,
-            (triton.cdiv(T, tile.tokens), triton.cdiv(N, tile.rows)),
+            (cdiv(T, tile.tokens), cdiv(N, tile.rows)),
             *(pairs, top_k_index, group, start, total, T, E, N),
             SLOTS=top_k,
             BLOCK_T=tile.tokens,
@@ -102,7 +102,7 @@ def prefill(
     c = shrink(x, top_k, gate_up, problem.rank_gate_up)
     wh = x.new_empty((T * top_k, I), dtype=operand)
     tile = tile_of("prefill_gate_up", problem, target)
-    blocks = triton.cdiv(I, tile.rows)
+    blocks = cdiv(I, tile.rows)
     launch(
         prefill_gate_up,
         (tiles(tile) * blocks,),
@@ -132,7 +132,7 @@ def prefill(
         c = shrink(wh, 1, down, problem.rank_down)
         y_pairs = x.new_empty((T * top_k, H))
         tile = tile_of("prefill_down", problem, target)
-        blocks = triton.cdiv(H, tile.rows)
+        blocks = cdiv(H, tile.rows)
         launch(
             prefill_down,
             (tiles(tile) * blocks,),
@@ -188,7 +188,7 @@ class Part(NamedTuple):
         rows, columns = weights.rows_columns(matrix)
         ranks = 0 if u is None else u.shape[0]
         # c is stored and loaded in whole 16s: at the rank itself its loads could not be 16 bytes wide.
-        width = triton.cdiv(min(rows, columns, ranks), 16) * 16
+        width = cdiv(min(rows, columns, ranks), 16) * 16
         shares = base is not None and base.shape[0] == 1 and mask is None
         return cls(
             columns=columns,

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resmoe_kernels.heuristics import Tile
-from resmoe_kernels.launch_triton import launch
+from resmoe_kernels.launch_triton import cdiv, launch, next_power_of_2
 
 CHUNK = 128  # pairs of a program; a pair's place among them takes CHUNK^2 comparisons
 COUNTS = 4096  # counts that the scan takes at a time: 16 of a thread of 8 warps
@@ -25,7 +25,7 @@ def sort_pairs(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     initialised.
     """
     P, E = top_k_index.numel(), num_experts
-    chunks, bins = triton.cdiv(P, CHUNK), triton.next_power_of_2(E + 1)
+    chunks, bins = cdiv(P, CHUNK), next_power_of_2(E + 1)
     counts = top_k_index.new_empty((chunks, E), dtype=torch.int32)
     starts = torch.empty_like(counts)
     expert_offsets = top_k_index.new_empty((E + 1,), dtype=torch.int32)
