@@ -1,22 +1,15 @@
 #include "cuda/block_sparse_scatter.cuh"
 #include "cuda/block_sparse_walk.cuh"
+#include "cuda/cooperative_launch.h"
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <cstdio>
 
 namespace resmoe::cuda {
 namespace {
 
-thread_local char message[256];
-
-const char* failed(const char* what, cudaError_t error, int blocks, size_t shared) {
-  std::snprintf(message, sizeof message,
-                "block_sparse_decode (%d blocks of %d threads, %zu bytes of shared memory): %s: %s", blocks,
-                kThreads, shared, what, cudaGetErrorString(error));
-  return message;
-}
+constexpr const char* kName = "block_sparse_decode";
 
 using Kernel = void (*)(BlockSparseCall);
 
@@ -30,23 +23,8 @@ cudaError_t stages_of_code(Kernel kernel, int* stages) {
 
 const char* start(const BlockSparseCall& call, Kernel kernel, size_t shared, cudaStream_t stream,
                   int blocks) {
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  if (error != cudaSuccess) return failed("shared memory", error, blocks, shared);
-  error = cudaMemsetAsync(call.workspace, 0, sizeof(uint32_t), stream);
-  if (error != cudaSuccess) return failed("clearing the flag", error, blocks, shared);
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;  // all blocks are resident, or the launch fails
-  cooperative.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  config.attrs = &cooperative;
-  config.numAttrs = 1;
-  error = cudaLaunchKernelEx(&config, kernel, call);
-  return error == cudaSuccess ? nullptr : failed("launch", error, blocks, shared);
+  return start_cooperative(kName, kernel, call, call.workspace, sizeof(uint32_t), shared, stream, blocks,
+                           kThreads);
 }
 
 template <typename T>
@@ -54,7 +32,7 @@ const char* choose(const BlockSparseCall& call, cudaStream_t stream, int blocks,
   const Kernel walk = block_sparse::walk_kernel<T>;
   int stages = 0;
   const cudaError_t error = stages_of_code(walk, &stages);
-  if (error != cudaSuccess) return failed("no code for this GPU", error, blocks, 0);
+  if (error != cudaSuccess) return failed(kName, "no code for this GPU", error, blocks, kThreads, 0);
   if (block_sparse::walks(call, stages, limit)) {
     return start(call, walk, block_sparse::walk_bytes(call, stages), stream, blocks);
   }
@@ -93,7 +71,7 @@ const char* block_sparse_decode(const BlockSparseCall& call, void* stream_of_cal
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
-  if (error != cudaSuccess) return failed("device", error, 0, 0);
+  if (error != cudaSuccess) return failed(kName, "device", error, 0, kThreads, 0);
   const auto stream = static_cast<cudaStream_t>(stream_of_caller);
   return call.element == Element::bfloat16
              ? choose<__nv_bfloat16>(call, stream, units, static_cast<size_t>(limit))

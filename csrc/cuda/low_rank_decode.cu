@@ -1,45 +1,24 @@
+#include "cuda/cooperative_launch.h"
 #include "cuda/low_rank_decode.cuh"
 
 #include <cuda_runtime.h>
 
-#include <cstdio>
-
 namespace resmoe::cuda {
 namespace {
 
-thread_local char message[256];
-
-const char* failed(const char* what, cudaError_t error, int blocks, size_t shared) {
-  std::snprintf(message, sizeof message, "low_rank_decode (%d blocks of %d threads, %zu bytes of shared memory): %s: %s",
-                blocks, kThreads, shared, what, cudaGetErrorString(error));
-  return message;
-}
+constexpr const char* kName = "low_rank_decode";
 
 template <typename T, int TokenTiles>
 const char* start(const LowRankCall& call, cudaStream_t stream, int blocks) {
   const auto kernel = low_rank_decode_kernel<T, TokenTiles>;
   cudaFuncAttributes attributes{};
-  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-  if (error != cudaSuccess) return failed("no code for this GPU", error, blocks, 0);
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return failed(kName, "no code for this GPU", error, blocks, kThreads, 0);
   // Of the code that was chosen, not of the GPU: sm_86 may run that of sm_80.
   const size_t shared = shared_bytes(stages_of(attributes.binaryVersion * 10));
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  if (error != cudaSuccess) return failed("shared memory", error, blocks, shared);
   const Workspace at = workspace_of(call);
-  error = cudaMemsetAsync(static_cast<uint8_t*>(call.workspace) + at.flags, 0, at.flag_bytes, stream);
-  if (error != cudaSuccess) return failed("clearing the flags", error, blocks, shared);
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;  // all blocks are resident, or the launch fails
-  cooperative.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  config.attrs = &cooperative;
-  config.numAttrs = 1;
-  error = cudaLaunchKernelEx(&config, kernel, call);
-  return error == cudaSuccess ? nullptr : failed("launch", error, blocks, shared);
+  void* flags = static_cast<uint8_t*>(call.workspace) + at.flags;
+  return start_cooperative(kName, kernel, call, flags, at.flag_bytes, shared, stream, blocks, kThreads);
 }
 
 }  // namespace
@@ -59,7 +38,7 @@ const char* low_rank_decode(const LowRankCall& call, void* stream_of_caller) {
   int device = 0, units = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&units, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return failed("device", error, 0, 0);
+  if (error != cudaSuccess) return failed(kName, "device", error, 0, kThreads, 0);
   const auto stream = static_cast<cudaStream_t>(stream_of_caller);
   const bool one_tile = call.tokens <= 8;
   if (call.element == Element::bfloat16) {
