@@ -163,12 +163,12 @@ class ModuleReader:
         return names
 
     def read(self, path: str, parameters: Iterable[str]) -> dict[str, Tensor]:
-        """A module's parameters by name.
+        """A module's parameters by name; the path of the model itself is empty.
 
         Raises ValueError naming the tensor if one holds NaN or Inf, is quantised, or has another shape than
         config.json says.
         """
-        return {parameter: self._read(f"{path}.{parameter}") for parameter in parameters}
+        return {parameter: self._read(f"{path}.{parameter}".removeprefix(".")) for parameter in parameters}
 
     def _read(self, target: str) -> Tensor:
         from transformers.core_model_loading import dot_natural_key

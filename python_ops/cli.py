@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,18 +24,20 @@ app = typer.Typer(
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code a checkpoint brings along.")]
 
 
-@app.command("compress")
+@app.command(
+    "compress",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Settings of the method follow as --name value, e.g. --retain 0.25; 'resmoe settings METHOD' lists them.",
+)
 def compress_command(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(help="Folder of the dense checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    method: Annotated[str, typer.Option(help="resmoe")] = "resmoe",
-    residual: Annotated[str, typer.Option(help="lowrank or sparse")] = "lowrank",
-    retain: Annotated[float, typer.Option(help="Share of the residual's parameters to keep, in (0, 1].")] = 0.25,
+    method: Annotated[str, typer.Option(help="resmoe, mc-smoe, moe-i2, xmoe, or xmoe+ one of the others")] = "resmoe",
     layers: Annotated[str, typer.Option(help="all, first:N, last:N, or numbers like 0,3,5-7")] = "all",
-    factorization: Annotated[str, typer.Option(help="stacked, separate or joint (of lowrank)")] = "stacked",
-    sparse_layout: Annotated[str, typer.Option(help="block (n of 32) or bitmap (of sparse)")] = "block",
-    init: Annotated[str, typer.Option(help="First barycenter: first (expert) or mean")] = "first",
-    solver: Annotated[str, typer.Option(help="Of the barycenter: assignment or pot")] = "assignment",
+    calibration: Annotated[Path | None, typer.Option(help="Text, or statistics collected before.")] = None,
+    calibration_tokens: Annotated[int | None, typer.Option(help="Of the text; 65,536 if not given.")] = None,
+    moments: Annotated[str | None, typer.Option(help="Of calibration: diagonal (default) or full.")] = None,
     trust_remote_code: Remote = False,
 ) -> None:
     """Compress the experts of MODEL into OUT. Interrupted, the same command goes on where it stopped."""
@@ -45,15 +48,66 @@ def compress_command(
         out,
         method=method,
         layers=layers,
+        calibration=calibration,
+        calibration_tokens=calibration_tokens,
+        moments=moments,
         trust_remote_code=trust_remote_code,
-        residual=residual,
-        retain=retain,
-        factorization=factorization,
-        sparse_layout=sparse_layout,
-        init=init,
-        solver=solver,
+        **method_settings(method, context.args),
     )
     _print_inspection(inspect_checkpoint(out))
+
+
+@app.command("settings")
+def settings_command(method: Annotated[str, typer.Argument(help="resmoe, mc-smoe, moe-i2, xmoe")]) -> None:
+    """List the settings of a method: their types and defaults."""
+    from resmoe_kernels.python_ops.methods import setting_defaults, setting_types
+
+    table = Table("setting", "type", "default")
+    for (name, kinds), default in zip(setting_types(method).items(), setting_defaults(method).values(), strict=True):
+        words = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
+        table.add_row(_flag(name), words, str(default).lower() if default is None else str(default))
+    _print(table)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def method_settings(method: str, words: list[str]) -> dict[str, Any]:
+    """``["--retain", "0.25"]`` -> ``{"retain": 0.25}``, each value in the type that the method's setting has.
+
+    Raises ValueError for a name the method does not know, a value of another type, and a word that is neither.
+    """
+    from resmoe_kernels.python_ops.methods import setting_types
+
+    types, settings, rest = setting_types(method), {}, list(words)
+    while rest:
+        option, equals, value = rest.pop(0).partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if not option.startswith("--"):
+            raise ValueError(f"compress: got the word {option!r}, expected --name value")
+        if name not in types:
+            raise ValueError(f"{option}: not a setting of {method}; known are {', '.join(map(_flag, types))}")
+        if not equals:
+            if not rest:
+                raise ValueError(f"{option}: needs a value")
+            value = rest.pop(0)
+        settings[name] = _parsed(option, value, types[name])
+    return settings
+
+
+def _parsed(option: str, value: str, kinds: tuple[type, ...]) -> Any:
+    words = {"true": True, "false": False} if bool in kinds else {}
+    if type(None) in kinds:
+        words |= {"none": None}
+    if value.lower() in words:
+        return words[value.lower()]
+    for kind in kinds:
+        if kind in (int, float, str):
+            with suppress(ValueError):
+                return kind(value)
+    wanted = " or ".join([k.__name__ for k in kinds if k in (int, float, str)] + list(words))
+    raise ValueError(f"{option}: must be {wanted}, got {value!r}")
 
 
 @app.command("inspect")

@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from resmoe_kernels.python_ops.calibrate import DEFAULT_TOKENS, collect, origin_of, windows
 from resmoe_kernels.python_ops.checkpoint import (
     INDEX,
     SINGLE,
@@ -33,10 +34,14 @@ from resmoe_kernels.python_ops.checkpoint import (
     write_subset,
     write_tensors,
 )
-from resmoe_kernels.python_ops.hf_quantizer import FORMAT_VERSION, QUANT_METHOD, tensor_specs
-from resmoe_kernels.python_ops.layouts import ExpertsModule, find_experts, select_layers
-from resmoe_kernels.python_ops.methods import method_function
+from resmoe_kernels.python_ops.dense_model import DenseModel
+from resmoe_kernels.python_ops.hf_quantizer import FORMAT_VERSION, QUANT_METHOD, layer_spec
+from resmoe_kernels.python_ops.layer import PART_ROUTER
+from resmoe_kernels.python_ops.layouts import select_layers
+from resmoe_kernels.python_ops.methods import Chain, Compressed, Method, method_named
+from resmoe_kernels.python_ops.statistics import MOMENTS, Statistics
 
+_log = logging.getLogger("resmoe_kernels")
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
@@ -46,6 +51,9 @@ def compress(
     *,
     method: str = "resmoe",
     layers: str = "all",
+    calibration: str | os.PathLike[str] | None = None,
+    calibration_tokens: int | None = None,
+    moments: str | None = None,
     trust_remote_code: bool = False,
     progress: bool = True,
     **settings: Any,
@@ -56,8 +64,13 @@ def compress(
     out: folder to make, in a folder that exists. It appears, whole, when the job is done; until then the work
         is in ``.<out>.unfinished`` beside it, and the same call goes on where a killed one stopped, to the
         same bytes. Where it is there already, from the same model and settings, nothing is done
-    method: ``resmoe``, with its settings as keywords (residual, retain, factorization, sparse_layout, ...)
+    method: ``resmoe``, ``mc-smoe``, ``moe-i2`` or ``xmoe``, with its settings as keywords; two joined by a plus,
+        ``xmoe+resmoe``, the second compressing what the first made
     layers: ``all``, ``first:N``, ``last:N`` or numbers like ``0,3,5-7``, counting experts modules
+    calibration: UTF-8 text, for methods that need to know how the experts are used. What is collected is kept beside
+        ``out``, in ``<model>-<hash>.statistics.safetensors``, and not collected again from the same model and text;
+        such a file, named here in place of a text, is used as it is
+    calibration_tokens: of the text, 65,536 by default;  moments: ``diagonal`` (default) or ``full``, see calibrate
     trust_remote_code: as in transformers, for models that bring their own code
 
     Memory: one experts module in its own dtype, what the method needs beside it, and the largest other
@@ -65,11 +78,12 @@ def compress(
     Returns ``out``. Raises ValueError naming what is wrong with the input; nothing is left behind then, and
     nothing that was there before is touched.
     """
-    compress_layer = method_function(method, settings)
+    chosen_method = method_named(method, settings)
     source, target = Checkpoint(model), Path(out).resolve()
+    data = _calibration_data(chosen_method, source, calibration, calibration_tokens, moments)
     job = {
         "source": _fingerprint(source),
-        "settings": {"method": method, "layers": layers, **compress_layer.keywords},
+        "settings": {"method": method, "layers": layers, **chosen_method.settings, **data.described},
     }
     _check_place(source, target)
     unfinished = target.with_name(f".{target.name}.unfinished")
@@ -77,12 +91,14 @@ def compress(
     if _is_done(target, job) and not unfinished.exists():
         return Path(out)
     dense = _build_on_meta(source, trust_remote_code)
-    chosen = select_layers(find_experts(dense), layers)
+    found = chosen_method.find(dense)
+    chosen = select_layers(found, layers)
     reader = ModuleReader(source, dense)
     files = [f"experts-{i:05d}.safetensors" for i in range(len(chosen))]
     if taken := sorted(set(files) & set(source.shards)):
         raise ValueError(f"{source.folder / taken[0]}: has the name of a file to be written; rename the shard")
     consumed = {n for experts in chosen for n in reader.names_on_disk(experts.path, experts.parameter_names)}
+    whole = DenseModel(dense, reader, found)
 
     with _work_in(unfinished, job):
         if _is_done(target, job):  # another process was faster, or see above
@@ -91,22 +107,33 @@ def compress(
         folder.mkdir(exist_ok=True)
         specs.mkdir(exist_ok=True)
         _carry_over(source, consumed, folder, progress)  # first: what is wrong there should not cost the layers
+        numbers = [found.index(experts) for experts in chosen]
+        statistics = data.statistics(whole, target.parent, progress)
+        plans = chosen_method.plan(whole, numbers, statistics, progress)
         with tqdm(total=len(chosen), desc="compressing", unit="layer", disable=not progress) as bar:
-            compress_layer = partial(compress_layer, progress=bar.set_postfix_str)
-            for experts, file in zip(chosen, files, strict=True):
+            for number, plan, file in zip(numbers, plans, files, strict=True):
                 if not (folder / file).is_file():
-                    _compress_module(reader, experts, compress_layer, folder / file, specs / f"{file}.json")
+                    made = chosen_method(
+                        whole.read(number),
+                        plan=plan,
+                        statistics=None if statistics is None else statistics.layers[found[number].path],
+                        progress=bar.set_postfix_str,
+                    )
+                    _write_layer(made, found[number].path, folder / file, specs / f"{file}.json")
                 bar.update()
         _finish(source, job, sorted(specs.glob("*.json")), folder)
         folder.rename(target)
     return Path(out)
 
 
-def _compress_module(reader: ModuleReader, experts: ExpertsModule, compress_layer, file: Path, spec: Path) -> None:
-    weights, report = compress_layer(experts.read(reader.read(experts.path, experts.parameter_names)))
+def _write_layer(made: Compressed, path: str, file: Path, spec: Path) -> None:
+    tensors = made.weights.tensors()
+    if made.part_router is not None:
+        tensors[PART_ROUTER] = made.part_router
+    described = layer_spec(made.weights, made.change, made.part_router)
     # The spec first: where the tensors are, it is.
-    write_json({"path": experts.path, **tensor_specs(weights), "report": dataclasses.asdict(report)}, spec)
-    write_tensors({f"{experts.path}.{name}": tensor for name, tensor in weights.tensors().items()}, file)
+    write_json({"path": path, **described, "report": dataclasses.asdict(made.report)}, spec)
+    write_tensors({f"{path}.{name}": tensor for name, tensor in tensors.items()}, file)
 
 
 def _rest_name(shard: Shard) -> str:
@@ -157,6 +184,69 @@ def _finish(source: Checkpoint, job: dict[str, Any], specs: list[Path], folder: 
     # The second key makes a load without this package fail, see hf_quantizer.
     config = {**source.config, "quantization_config": quantization, "experts_implementation": QUANT_METHOD}
     write_json(config, folder / "config.json")
+
+
+# ---- calibration
+
+
+@dataclasses.dataclass(frozen=True)
+class _CalibrationData:
+    """Where a method's statistics come from: nowhere, a file of them, or a text's tokens."""
+
+    described: dict[str, Any]
+    loaded: Statistics | None = None
+    token_ids: Tensor | None = None
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+    name: str = ""
+
+    def statistics(self, model: DenseModel, folder: Path, progress: bool) -> Statistics | None:
+        if self.token_ids is None:
+            return self.loaded
+        file = folder / self.name
+        if file.is_file():
+            _log.info("calibration: %s is there already and used again", file)
+            return Statistics.load(file)
+        made = collect(
+            model,
+            self.token_ids,
+            moments=self.origin["moments"],
+            fingerprint=self.origin["model"],
+            progress=progress,
+        )
+        made.save(file)
+        return made
+
+
+def _calibration_data(
+    method: Method | Chain,
+    source: Checkpoint,
+    calibration: str | os.PathLike[str] | None,
+    tokens: int | None,
+    moments: str | None,
+) -> _CalibrationData:
+    given = [n for n, v in (("calibration", calibration), ("calibration_tokens", tokens), ("moments", moments)) if v]
+    if not method.needs_statistics:
+        if given:
+            raise ValueError(f"{given[0]}: {method.name} uses no calibration with these settings; leave it out")
+        return _CalibrationData({})
+    if calibration is None:
+        raise ValueError(f"calibration: {method.name} needs a text to see how the experts are used; name a UTF-8 file")
+    fingerprint = _fingerprint(source)
+    if Path(calibration).suffix == ".safetensors":
+        if len(given) > 1:
+            raise ValueError(f"{given[1]}: {calibration} holds statistics collected before; leave it out")
+        loaded = Statistics.load(calibration)
+        if loaded.origin["model"] != fingerprint:
+            raise ValueError(f"{calibration}: was collected from another model than {source.folder}; calibrate again")
+        return _CalibrationData({"calibration": loaded.origin}, loaded)
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    token_ids = windows(AutoConfig.from_pretrained(source.folder), tokenizer, calibration, tokens or DEFAULT_TOKENS)
+    origin = origin_of(token_ids, fingerprint, moments or MOMENTS[0])
+    hashed = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:12]
+    name = f"{source.folder.resolve().name}-{hashed}.statistics.safetensors"
+    return _CalibrationData({"calibration": origin}, None, token_ids, origin, name)
 
 
 # ---- the folder

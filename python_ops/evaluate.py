@@ -89,7 +89,7 @@ def evaluate(
     if text is not None:
         if not 1 <= stride <= window:
             raise ValueError(f"evaluate: stride must be in 1 … window ({window}), got {stride}")
-        ids = _encode(tokenizer, _read(text))[:limit]
+        ids = encode(tokenizer, read_text(text))[:limit]
         if len(ids) < 2:
             raise ValueError(f"{text}: perplexity needs at least two tokens, got {len(ids)}")
     if lambada is not None:
@@ -252,9 +252,9 @@ def _piqa_rows(
 
 
 def _row(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, window: int, where: str) -> _Row:
-    tokens = _encode(tokenizer, context + continuation)
+    tokens = encode(tokenizer, context + continuation)
     # A token that spans the boundary is not in the context's own encoding: it counts as continuation.
-    pairs = zip(tokens, _encode(tokenizer, context), strict=False)
+    pairs = zip(tokens, encode(tokenizer, context), strict=False)
     scored = len(tokens) - sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     if scored == len(tokens):
         raise ValueError(f"{where}: no token ends before the continuation {continuation!r}; it needs a context")
@@ -263,12 +263,12 @@ def _row(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, wi
     return _Row(tokens[-(window + 1) :], scored)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     # Not verbose: the tokenizer would warn of a text longer than the model, which is what windows are for.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _read(path: Path | str) -> str:
+def read_text(path: Path | str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -278,7 +278,7 @@ def _read(path: Path | str) -> str:
 
 
 def _lines(path: Path | str) -> list[str]:
-    content = _read(path)
+    content = read_text(path)
     if not content.strip():
         raise ValueError(f"{path}: must have at least one row, got none")
     # Not splitlines: it would also split at a U+2028 inside a JSON string.

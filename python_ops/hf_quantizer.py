@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from resmoe_kernels.factored import TENSOR_NAMES, FactoredExperts
+from resmoe_kernels.python_ops.layer import PART_ROUTER
 from resmoe_kernels.python_ops.layouts import find_experts
+from resmoe_kernels.python_ops.routing import RouterChange
 from resmoe_kernels.when_imported import when_imported
 
 QUANT_METHOD = "resmoe"
@@ -30,7 +32,8 @@ FORMAT_VERSION = 1
 class ResMoEConfig(QuantizationConfigMixin):
     """``quantization_config`` of a factored checkpoint.
 
-    layers: module path -> {"sizes": {...}, "tensors": {name: {"dtype": ..., "shape": [...]}}, "report": {...}}
+    layers: module path -> {"sizes": {...}, "tensors": {name: {"dtype": ..., "shape": [...]}}, "report": {...}} and,
+        where the router changes, "router": {...}, see RouterChange
     settings: how it was compressed;  source: fingerprint of the dense checkpoint, None if compressed in memory
     format_version: refused with ValueError where newer than this package's
     """
@@ -74,7 +77,9 @@ class ResMoEQuantizer(HfQuantizer):
                 raise ValueError(
                     f"{path}: the checkpoint holds factored experts there, {type(model).__name__} has none"
                 )
-            modules[here].install(model, described_weights(spec, model.dtype))
+            weights = described_weights(spec, model.dtype)
+            change, part_router = described_routing(spec, model.dtype)
+            modules[here].install(model, weights, change, part_router)
             found[here] = spec
         self.quantization_config.layers = found
         return model
@@ -83,7 +88,8 @@ class ResMoEQuantizer(HfQuantizer):
         for path, spec in self.quantization_config.layers.items():
             layer = model.get_submodule(path)
             layer.requires_grad_(False)  # the loader makes every floating-point parameter trainable
-            spec |= tensor_specs(layer.form)  # the dtypes are those of this load, which a save must record
+            # The dtypes are those of this load, which a save must record.
+            spec |= layer_spec(layer.form, layer.router_change, layer.part_router)
             try:
                 if not layer.pack():  # which checks the same
                     layer.weights.check_values()
@@ -109,8 +115,8 @@ def check_complete(layers: dict[str, Any], names: Iterable[str]) -> None:
 
     Otherwise transformers would leave experts at random values, with a warning. Counts, because saving may rename.
     """
-    described = sum(len(spec["tensors"]) for spec in layers.values())
-    held = sum(1 for name in names if name.rpartition(".")[2] in TENSOR_NAMES)
+    described = sum(len(spec["tensors"]) + (PART_ROUTER in spec) for spec in layers.values())
+    held = sum(1 for name in names if name.rpartition(".")[2] in (*TENSOR_NAMES, PART_ROUTER))
     if described != held or not layers:
         raise ValueError(f"config.json describes {described} factored tensors, the shards hold {held}: compress again")
 
@@ -121,13 +127,23 @@ def _names(files: Iterable[str]) -> Iterator[str]:
             yield from file.keys()
 
 
-def tensor_specs(weights: FactoredExperts) -> dict[str, Any]:
-    """``sizes`` and ``tensors`` of a layer as config.json stores them."""
-    tensors = {
-        name: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)}
-        for name, t in weights.tensors().items()
+def layer_spec(
+    weights: FactoredExperts, change: RouterChange | None = None, part_router: Tensor | None = None
+) -> dict[str, Any]:
+    """A layer as config.json stores it, but for its report."""
+    spec: dict[str, Any] = {
+        "sizes": weights.sizes(),
+        "tensors": {name: _tensor_spec(tensor) for name, tensor in weights.tensors().items()},
     }
-    return {"sizes": weights.sizes(), "tensors": tensors}
+    if change is not None and change != RouterChange():
+        spec["router"] = change.to_json()
+    if part_router is not None:
+        spec[PART_ROUTER] = _tensor_spec(part_router)
+    return spec
+
+
+def _tensor_spec(tensor: Tensor) -> dict[str, Any]:
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
 
 
 def mark_as_factored(model: nn.Module, quantizer: HfQuantizer) -> None:
@@ -141,12 +157,22 @@ def mark_as_factored(model: nn.Module, quantizer: HfQuantizer) -> None:
 
 def described_weights(spec: dict[str, Any], dtype: torch.dtype | None = None) -> FactoredExperts:
     """The layer that config.json describes, on meta; floating point in ``dtype`` where given, else as stored."""
-    tensors = {}
-    for name, tensor in spec["tensors"].items():
-        stored = getattr(torch, tensor["dtype"])
-        wanted = dtype if dtype is not None and stored.is_floating_point else stored
-        tensors[name] = torch.empty(tensor["shape"], dtype=wanted, device="meta")
+    tensors = {name: _described(tensor, dtype) for name, tensor in spec["tensors"].items()}
     return FactoredExperts.from_tensors(tensors, **spec["sizes"])
+
+
+def described_routing(
+    spec: dict[str, Any], dtype: torch.dtype | None = None
+) -> tuple[RouterChange | None, Tensor | None]:
+    """The change of the router that config.json describes, and its part router, on meta."""
+    change = RouterChange.from_json(spec["router"]) if "router" in spec else None
+    return change, _described(spec[PART_ROUTER], dtype) if PART_ROUTER in spec else None
+
+
+def _described(tensor: dict[str, Any], dtype: torch.dtype | None) -> Tensor:
+    stored = getattr(torch, tensor["dtype"])
+    wanted = dtype if dtype is not None and stored.is_floating_point else stored
+    return torch.empty(tensor["shape"], dtype=wanted, device="meta")
 
 
 def _run_dense_layers_as_usual(model: nn.Module) -> None:

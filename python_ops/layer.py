@@ -8,9 +8,14 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
+from resmoe_kernels import experts_reference
 from resmoe_kernels.factored import SIZE_NAMES, TENSOR_NAMES, FactoredExperts
 from resmoe_kernels.ops import backends, experts_flat, experts_packed, explain
 from resmoe_kernels.packed import PackedExperts, declines
+from resmoe_kernels.python_ops.routing import RouterChange, choose_parts, fold, map_slots
+
+PART_ROUTER = "part_router"
+_UNCHANGED = RouterChange()
 
 
 class FactoredExpertsLayer(nn.Module):
@@ -31,9 +36,13 @@ class FactoredExpertsLayer(nn.Module):
 
     def __init__(self, weights: FactoredExperts, activation: str) -> None:
         super().__init__()
+        self.router_change = _UNCHANGED
+        self._expert_of_slot: Tensor | None = None
+        self.register_parameter(PART_ROUTER, None)
         for name, value in weights.sizes().items():
             setattr(self, name, value)
         self.activation = activation
+        self.differentiable = False
         self.packed: PackedExperts | None = None
         self._packs = False  # once packed, packed again after each move and load
         self._set_parameters(weights)
@@ -46,13 +55,41 @@ class FactoredExpertsLayer(nn.Module):
     @property
     def form(self) -> FactoredExperts:
         """The layer's parameters as a value: of a packed layer, without contents."""
-        tensors = {name: p.data for name in TENSOR_NAMES if (p := self._parameters[name]) is not None}
+        return self._as_value(lambda parameter: parameter.data)
+
+    def _as_value(self, read: Callable[[nn.Parameter], Tensor]) -> FactoredExperts:
+        tensors = {name: read(p) for name in TENSOR_NAMES if (p := self._parameters[name]) is not None}
         return FactoredExperts.from_tensors(tensors, **{name: getattr(self, name) for name in SIZE_NAMES})
 
     @property
     def weights(self) -> FactoredExperts:
         """The layer's weights as a value; shares memory with the parameters, of a packed layer a copy."""
         return self.form if self.packed is None else self.packed.unpack()
+
+    def change_routing(self, change: RouterChange, part_router: Tensor | None = None) -> None:
+        """From now on, what the router sends here is read by ``change``: slots mapped, folded, experts in parts.
+
+        part_router: (E, H) float, a row for every part, see routing.choose_parts
+        """
+        self.router_change = change
+        if change.expert_of_slot is not None:
+            self._expert_of_slot = torch.tensor(change.expert_of_slot, device="cpu")
+        if part_router is not None:
+            self.register_parameter(PART_ROUTER, nn.Parameter(part_router, requires_grad=False))
+
+    def route(self, hidden_states: Tensor, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts (T, K) and weights that the op is given for the slots (T, top_k) the router chose."""
+        change = self.router_change
+        if self._expert_of_slot is not None:
+            if self._expert_of_slot.device != slots.device:
+                self._expert_of_slot = self._expert_of_slot.to(slots.device)  # once: graphs are captured after a call
+            slots = map_slots(slots, self._expert_of_slot)
+        if change.fold:
+            slots, weights = fold(slots, weights)
+        if change.parts > 1:
+            router = self._parameters[PART_ROUTER]
+            slots, weights = choose_parts(hidden_states, slots, weights, router, change.parts, change.part_mass)
+        return slots, weights
 
     # ---- packing
 
@@ -95,6 +132,8 @@ class FactoredExpertsLayer(nn.Module):
             return
         for name, tensor in self.weights.tensors().items():
             destination[prefix + name] = tensor
+        if (router := self._parameters[PART_ROUTER]) is not None:
+            destination[prefix + PART_ROUTER] = router if keep_vars else router.detach()
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         self.unpack()
@@ -102,10 +141,28 @@ class FactoredExpertsLayer(nn.Module):
         if self._packs:  # also where an earlier load was refused
             self.pack()
 
+    # ---- training
+
+    def make_differentiable(self, *, train: bool) -> None:
+        """Runs by the reference from now on, which has gradients; the op has none.
+
+        train: whether the layer's own floating-point parameters get gradients, or only what comes before it
+        """
+        self.unpack()
+        self._packs = False
+        self.differentiable = True
+        for parameter in self.parameters():
+            parameter.requires_grad_(train and parameter.is_floating_point())
+
     # ---- running
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (T, H), top_k_index (T, top_k) int, top_k_weights (T, top_k) -> (T, H)."""
+        if self.router_change is not _UNCHANGED:
+            top_k_index, top_k_weights = self.route(hidden_states, top_k_index, top_k_weights)
+        if self.differentiable:
+            weights = self._as_value(lambda parameter: parameter)
+            return experts_reference.experts(hidden_states, top_k_index, top_k_weights, weights, self.activation)
         packed = self.packed
         if packed is not None:
             hidden_size = packed.form.hidden_size
@@ -121,6 +178,8 @@ class FactoredExpertsLayer(nn.Module):
     def extra_repr(self) -> str:
         parts = [f"E={self.num_experts}, H={self.hidden_size}, I={self.intermediate_size}", self.activation]
         parts += [n for n in ("base_gate_up", "u_gate_up", "mask_gate_up") if self._parameters[n] is not None]
+        if described := self.router_change.describe():
+            parts.append(described)
         return ", ".join(parts)
 
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from resmoe_kernels.activations import POINTWISE, register_gate, registered_gate
 from resmoe_kernels.factored import DenseExperts, FactoredExperts
 from resmoe_kernels.python_ops.layer import FactoredExpertsLayer, OneHotExpertsLayer, SelfRoutedExpertsLayer
+from resmoe_kernels.python_ops.routers import change_choice, find_router, read_scoring
+from resmoe_kernels.python_ops.routing import RouterChange, Scoring
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,34 @@ class ExpertsModule:
         """The module's parameters, by name below ``path``, as (E, 2I, H) and (E, H, I) with gate rows first."""
         raise NotImplementedError
 
-    def install(self, model: nn.Module, weights: FactoredExperts) -> FactoredExpertsLayer:
-        """Puts the factored layer in the module's place and returns it."""
+    def install(
+        self,
+        model: nn.Module,
+        weights: FactoredExperts,
+        change: RouterChange | None = None,
+        part_router: Tensor | None = None,
+    ) -> FactoredExpertsLayer:
+        """Puts the factored layer in the module's place, changes its router and returns the layer."""
         layer = self.layer_class(weights, self.activation)
+        if change is not None:
+            if change.changes_choice:
+                change_choice(self.router(model), change)
+            layer.change_routing(change, part_router)
         model.set_submodule(self.path, layer)
         return layer
+
+    def router(self, model: nn.Module) -> nn.Module:
+        """The module that routes to these experts. Raises ValueError if there is none whose choice can be changed."""
+        return find_router(model, self.path, self.num_experts)
+
+    def scoring(self, model: nn.Module) -> Scoring:
+        """How that router scores. Raises ValueError if that is not known."""
+        return read_scoring(self.router(model), self.path)
+
+    @property
+    def num_experts(self) -> int:
+        """As the router counts them."""
+        return len(self.module)  # type: ignore[arg-type]
 
     @cached_property
     def activation(self) -> str:
@@ -84,6 +109,10 @@ class StackedExperts(ExpertsModule):
         known = {f"{m}{b}" for m in (self._first, "down_proj") for b in ("", "_bias")}
         unknown = sorted(set(self.parameter_names) - known)
         return f"it holds parameters this package does not know: {', '.join(unknown)}" if unknown else None
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.module.down_proj)  # type: ignore[arg-type]
 
     @property
     def _first(self) -> str:
@@ -135,8 +164,8 @@ class OneHotExperts(ExpertsModule):
         assert first is not None and down is not None
         return DenseExperts(first, down, bias_first, bias_down, gated=False)
 
-    def install(self, model: nn.Module, weights: FactoredExperts) -> FactoredExpertsLayer:
-        layer = super().install(model, weights)
+    def install(self, model: nn.Module, *what: Any) -> FactoredExpertsLayer:
+        layer = super().install(model, *what)
         # from_pretrained initialises what has no weights yet block by block, and this block would reach for experts
         # by their old names. Nothing of its own is left to initialise: router and experts are modules below it.
         model.get_submodule(self.path.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
@@ -173,8 +202,8 @@ class SelfRoutedExperts(ExpertsModule):
         bias = None if bias_gate is None or bias_up is None else torch.cat([bias_gate, bias_up], dim=1)
         return DenseExperts(torch.cat([gate, up], dim=1), down, bias, bias_down)
 
-    def install(self, model: nn.Module, weights: FactoredExperts) -> FactoredExpertsLayer:
-        layer = super().install(model, weights)
+    def install(self, model: nn.Module, *what: Any) -> FactoredExpertsLayer:
+        layer = super().install(model, *what)
         model.get_submodule(self.path.rpartition(".")[0]).moe_infer = layer.moe_infer  # type: ignore[assignment]
         return layer
 

@@ -223,16 +223,16 @@ def test_a_resumed_job_does_not_repeat_layers(mixtral, tmp_path, monkeypatch):
     from resmoe_kernels.python_ops import compress as module
 
     calls: list[str] = []
-    work = module._compress_module
+    work = module._write_layer
 
-    def counted(reader, experts, compress_layer, file, spec):
+    def counted(made, path, file, spec):
         if calls == ["model.layers.0.mlp.experts"]:
             calls.append("killed")
             raise KeyboardInterrupt
-        calls.append(experts.path)
-        work(reader, experts, compress_layer, file, spec)
+        calls.append(path)
+        work(made, path, file, spec)
 
-    monkeypatch.setattr(module, "_compress_module", counted)
+    monkeypatch.setattr(module, "_write_layer", counted)
     with pytest.raises(KeyboardInterrupt):
         rk.compress(mixtral, tmp_path / "out", progress=False)
     rk.compress(mixtral, tmp_path / "out", progress=False)

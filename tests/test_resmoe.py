@@ -93,7 +93,7 @@ def tiny_mixtral():
 @pytest.mark.parametrize("kind", [*LOWRANK, BITMAP], ids=kind_id)
 def test_retain_one_reproduces_the_expert_functions(kind, gated, bias):
     experts = make_experts(gated=gated, bias=bias)
-    factored, report = resmoe(experts, retain=1.0, **kind)
+    factored, report, *_ = resmoe(experts, retain=1.0, **kind)
     factored.check_values()
     x = torch.randn(7, experts.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected, got = outputs(experts, x), outputs(factored.materialize(torch.float64), x)
@@ -115,7 +115,7 @@ def test_retain_one_reproduces_the_expert_functions(kind, gated, bias):
 @settings(max_examples=30, deadline=None, derandomize=True)
 def test_retain_one_reproduces_layers_of_any_size(count, hidden, inter, gated, bias, kind, seed):
     experts = make_experts(count, hidden, inter, gated, bias, seed)
-    factored, _ = resmoe(experts, retain=1.0, **kind)
+    factored = resmoe(experts, retain=1.0, **kind).weights
     x = torch.randn(3, hidden, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected, got = outputs(experts, x), outputs(factored.materialize(torch.float64), x)
     assert float((got - expected).norm()) <= 1e-5 * float(expected.norm())
@@ -123,7 +123,7 @@ def test_retain_one_reproduces_layers_of_any_size(count, hidden, inter, gated, b
 
 def test_the_residual_makes_up_for_the_rounding_of_the_base():
     experts = make_experts(dtype=torch.bfloat16)
-    _, report = resmoe(experts, retain=1.0, **BITMAP)
+    report = resmoe(experts, retain=1.0, **BITMAP).report
     # Residuals are rounded to 8 bits of themselves; the rounding of the base, larger, would add to it.
     whole = sum(float(design_matrix(experts, e).square().sum()) for e in range(3)) / 3
     assert report.relative_error < 2**-9 * (report.objective / whole) ** 0.5
@@ -144,7 +144,7 @@ def test_the_error_falls_as_more_is_kept(kind):
 @pytest.mark.parametrize("kind", KINDS, ids=kind_id)
 def test_the_report_agrees_with_the_materialised_layer(kind, gated, bias):
     experts = make_experts(gated=gated, bias=bias, dtype=torch.bfloat16)
-    factored, report = resmoe(experts, **kind)
+    factored, report, *_ = resmoe(experts, **kind)
     dense = factored.materialize(torch.float64)
     lost, whole = {}, {}
     for matrix, weight in zip(MATRICES, aligned(experts), strict=True):
@@ -162,14 +162,14 @@ def test_the_report_agrees_with_the_materialised_layer(kind, gated, bias):
 
 @pytest.fixture(scope="module")
 def trained():
-    """The first layer of a trained model by each factorisation at a quarter: {name: (factored, report)}."""
+    """The first layer of a trained model by each factorisation at a quarter: {name: Compressed}."""
     experts = tiny_mixtral()
     return {f: resmoe(experts, factorization=f) for f in FACTORIZATIONS}
 
 
 @pytest.mark.parametrize("factorization", FACTORIZATIONS)
 def test_low_rank_bytes_stay_within_the_budget(trained, factorization):
-    factored, report = trained[factorization]
+    factored, report, *_ = trained[factorization]
     parts = factored.nbytes_by_part()
     assert parts["base"] == report.bytes_dense / 8
     assert 0.95 / 4 * report.bytes_dense < parts["low_rank"] <= report.bytes_dense / 4
@@ -177,8 +177,8 @@ def test_low_rank_bytes_stay_within_the_budget(trained, factorization):
 
 def test_stacked_is_nearest_on_a_trained_model_at_equal_bytes(trained):
     # Measured on this layer: 0.180 stacked, 0.191 separate, 0.240 joint. The other layers are ordered alike.
-    sizes = [report.bytes_now for _, report in trained.values()]
-    errors = {f: report.relative_error for f, (_, report) in trained.items()}
+    sizes = [made.report.bytes_now for made in trained.values()]
+    errors = {f: made.report.relative_error for f, made in trained.items()}
     assert max(sizes) < 1.01 * min(sizes)
     assert errors["stacked"] < 0.97 * errors["separate"]
     assert errors["separate"] < 0.97 * errors["joint"]
@@ -186,7 +186,7 @@ def test_stacked_is_nearest_on_a_trained_model_at_equal_bytes(trained):
 
 
 def test_alignment_pays_where_neurons_are_shuffled():
-    _, report = resmoe(make_experts())
+    report = resmoe(make_experts()).report
     assert report.cosine_before < 0.1 and report.cosine_after > 0.7
     assert report.converged and report.iterations >= 2
 
@@ -194,13 +194,13 @@ def test_alignment_pays_where_neurons_are_shuffled():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_dtype_of_the_experts_is_kept(dtype):
     for kind in KINDS:
-        factored, _ = resmoe(make_experts(bias=True, dtype=dtype), **kind)
+        factored = resmoe(make_experts(bias=True, dtype=dtype), **kind).weights
         assert {t.dtype for t in factored.tensors().values() if t.is_floating_point()} == {dtype}
 
 
 def test_biases_are_kept_exactly():
     experts = make_experts(bias=True, dtype=torch.bfloat16)
-    factored, _ = resmoe(experts)
+    factored = resmoe(experts).weights
     orders = barycenter(experts).permutations
     for e, order in enumerate(orders):
         assert torch.equal(factored.bias_gate_up[e], experts.bias_gate_up[e][torch.cat([order, order + 48])])
@@ -208,7 +208,7 @@ def test_biases_are_kept_exactly():
 
 
 def test_one_group_for_all_experts():
-    factored, _ = resmoe(make_experts())
+    factored = resmoe(make_experts()).weights
     assert factored.group.tolist() == [0, 0, 0]
     assert factored.base_gate_up.shape[0] == factored.base_down.shape[0] == 1
 
@@ -223,7 +223,7 @@ def test_solver_and_init_reach_the_barycenter():
 @pytest.mark.parametrize("kind", KINDS, ids=kind_id)
 def test_a_layer_of_zeros(kind):
     experts = DenseExperts(torch.zeros(2, 16, 8), torch.zeros(2, 8, 8))
-    factored, report = resmoe(experts, **kind)
+    factored, report, *_ = resmoe(experts, **kind)
     assert report.relative_error == report.relative_error_down == 0
     assert not factored.materialize().gate_up.any()
 
@@ -263,14 +263,14 @@ def test_bitmap_keeps_exactly_the_largest_of_both_matrices(rows, columns, retain
 
 @pytest.mark.parametrize("retain", [0.01, 0.25, 0.333, 1.0])
 def test_bitmap_keeps_floor_of_retain_per_expert(retain):
-    factored, _ = resmoe(make_experts(), retain=retain, **BITMAP)
+    factored = resmoe(make_experts(), retain=retain, **BITMAP).weights
     factored.check_values()
     kept = sum(popcount(getattr(factored, f"mask_{m}")).sum((1, 2)) for m in MATRICES)
     assert kept.tolist() == [math.floor(retain * 3 * 40 * 48)] * 3
 
 
 def test_bitmap_may_keep_nothing():
-    factored, _ = resmoe(make_experts(), retain=1e-5, **BITMAP)
+    factored = resmoe(make_experts(), retain=1e-5, **BITMAP).weights
     factored.check_values()
     assert factored.values_gate_up.numel() == factored.values_down.numel() == 0
 
@@ -296,7 +296,7 @@ def test_offsets_widen_only_where_they_must():
 
 @pytest.mark.parametrize("kept", BLOCK_KEPT)
 def test_block_keeps_exactly_n_of_every_32(kept):
-    factored, _ = resmoe(make_experts(hidden=64, inter=32), retain=kept / 32, **BLOCK_LAYOUT)
+    factored = resmoe(make_experts(hidden=64, inter=32), retain=kept / 32, **BLOCK_LAYOUT).weights
     factored.check_values()
     for matrix in MATRICES:
         assert bool((popcount(getattr(factored, f"mask_{matrix}")) == kept).all())
@@ -352,7 +352,7 @@ def test_a_result_no_smaller_than_dense_is_warned_of(caplog):
     with caplog.at_level(logging.WARNING, "resmoe_kernels"):
         resmoe(experts, retain=0.25)
         assert not caplog.records
-        _, report = resmoe(experts, retain=1.0)
+        report = resmoe(experts, retain=1.0).report
     assert report.bytes_now >= report.bytes_dense
     assert [r.getMessage() for r in caplog.records] == [
         f"resmoe: {report.bytes_now} bytes, not smaller than the dense layer's {report.bytes_dense}; lower retain"
@@ -360,12 +360,12 @@ def test_a_result_no_smaller_than_dense_is_warned_of(caplog):
 
 
 def test_the_report_is_json():
-    _, report = resmoe(make_experts())
+    report = resmoe(make_experts()).report
     assert json.loads(json.dumps(dataclasses.asdict(report))) == dataclasses.asdict(report)
 
 
 def test_progress_is_told_of_both_phases():
     said: list[str] = []
-    _, report = resmoe(make_experts(), progress=said.append)
+    report = resmoe(make_experts(), progress=said.append).report
     assert len(said) == 3 * report.iterations + 3
     assert said[-1] == "residual: expert 3 of 3"

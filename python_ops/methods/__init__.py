@@ -1,29 +1,203 @@
-"""Compression methods: functions from the dense experts of one layer to FactoredExperts and a report."""
+"""Compression methods: from the dense experts of one layer to FactoredExperts, a change of its router and a report.
+
+A method is a module here with a function of its name. The function's keyword arguments, but for those of ``GIVEN``,
+are the method's settings. A method that decides over all layers at once has a second function, ``plan``; one that
+compresses other modules than experts has a third, ``find``.
+"""
 
 from __future__ import annotations
 
 import inspect
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-METHODS = {"resmoe": "resmoe"}  # name on the command line -> module here, with a function of that name
+from torch import Tensor, nn
+
+from resmoe_kernels.factored import DenseExperts, FactoredExperts
+from resmoe_kernels.python_ops.layouts import ExpertsModule, find_experts
+from resmoe_kernels.python_ops.routing import RouterChange
+
+if TYPE_CHECKING:
+    from resmoe_kernels.python_ops.dense_model import DenseModel
+    from resmoe_kernels.python_ops.statistics import LayerStatistics, Statistics
+
+# name on the command line -> module here, with a function of that name
+METHODS = {"resmoe": "resmoe", "mc-smoe": "mc_smoe", "moe-i2": "moe_i2", "xmoe": "xmoe"}
+GIVEN = ("statistics", "plan", "progress")  # what a method's function is given beside settings, if it takes it
 
 
-def method_function(name: str, settings: dict[str, Any]) -> partial:
-    """The method with all its settings applied, defaults included: ``keywords`` of the result tells them.
+class Compressed(NamedTuple):
+    """What a method makes of one layer.
 
-    Called with DenseExperts, and ``progress`` if wanted, it returns FactoredExperts and a report.
+    report: a dataclass of plain numbers with at least relative_error, bytes_dense and bytes_now
+    change: None where the router stays as it is;  part_router: (E, H) float, where it has parts
+    """
+
+    weights: FactoredExperts
+    report: Any
+    change: RouterChange | None = None
+    part_router: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method with all its settings applied, defaults included."""
+
+    name: str
+    settings: dict[str, Any]
+    needs_statistics: bool
+    _function: Callable[..., Compressed]
+    _plan: Callable[..., list[dict[str, Any]]] | None = None
+    _find: Callable[[nn.Module], list[ExpertsModule]] | None = None
+
+    def find(self, model: nn.Module) -> list[ExpertsModule]:
+        """The modules it compresses. Raises ValueError if there are none."""
+        return find_experts(model) if self._find is None else self._find(model)
+
+    def plan(
+        self, model: DenseModel, chosen: Sequence[int], statistics: Statistics | None, progress: bool
+    ) -> list[dict[str, Any]]:
+        """What is decided over all layers, before the first is compressed: a dict of plain values for each.
+
+        model: the dense model, its layers read one at a time;  chosen: numbers in ``model.experts`` of the layers
+            to compress;  statistics: from calibration, for methods that need them
+        """
+        if self._plan is None:
+            return [{} for _ in chosen]
+        return self._plan(model, chosen, statistics=statistics, progress=progress, **self.settings)
+
+    def __call__(
+        self,
+        experts: DenseExperts,
+        *,
+        plan: dict[str, Any] | None = None,
+        statistics: LayerStatistics | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> Compressed:
+        """Compresses one layer. progress: called with a short phrase after every step."""
+        given = {"plan": plan, "statistics": statistics, "progress": progress}
+        taken = inspect.signature(self._function).parameters
+        return self._function(experts, **self.settings, **{n: v for n, v in given.items() if n in taken})
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Two methods as one: xmoe, which leaves dense experts, and one that compresses those."""
+
+    first: Method
+    second: Method
+
+    def __post_init__(self) -> None:
+        if self.second.needs_statistics and self.first.settings["parts"] > 1:
+            raise ValueError(
+                f"method: {self.second.name} needs statistics of the experts it compresses, and those of parts are "
+                "not collected; leave parts at 1, or follow with resmoe"
+            )
+
+    @property
+    def name(self) -> str:
+        return f"{self.first.name}+{self.second.name}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {**self.first.settings, **self.second.settings}
+
+    @property
+    def needs_statistics(self) -> bool:
+        return self.first.needs_statistics or self.second.needs_statistics
+
+    def find(self, model: nn.Module) -> list[ExpertsModule]:
+        return self.first.find(model)
+
+    def plan(
+        self, model: DenseModel, chosen: Sequence[int], statistics: Statistics | None, progress: bool
+    ) -> list[dict[str, Any]]:
+        plans = [m.plan(model, chosen, statistics, progress) for m in (self.first, self.second)]
+        return [{"first": first, "second": second} for first, second in zip(*plans, strict=True)]
+
+    def __call__(self, experts: DenseExperts, *, plan: dict[str, Any], **given: Any) -> Compressed:
+        made = self.first(experts, plan=plan["first"], **given)
+        dense = made.weights.materialize(experts.gate_up.dtype)  # exact: xmoe leaves bases only
+        then = self.second(dense, plan=plan["second"], **given)
+        return then._replace(change=_joined(made.change, then.change), part_router=made.part_router)
+
+
+def _joined(first: RouterChange | None, second: RouterChange | None) -> RouterChange | None:
+    """What xmoe changes, a threshold and parts, and what another method does to the slots."""
+    if first is None or second is None:
+        return first or second
+    return replace(
+        second,
+        scoring=second.scoring or first.scoring,
+        threshold=first.threshold,
+        parts=first.parts,
+        part_mass=first.part_mass,
+    )
+
+
+def method_named(name: str, settings: dict[str, Any]) -> Method | Chain:
+    """The method of a name, or two joined by a plus: the second compresses the dense experts the first leaves.
+
     Raises ValueError, listing what is known, for a wrong name, setting or value.
     """
-    if name not in METHODS:
-        raise ValueError(f"method: {name!r} is not known; known are {', '.join(METHODS)}")
-    module = import_module(f"resmoe_kernels.python_ops.methods.{METHODS[name]}")
-    function = getattr(module, METHODS[name])
-    parameters = inspect.signature(function).parameters.values()
-    known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "progress"}
-    unknown = sorted(set(settings) - set(known))
-    if unknown:
-        raise ValueError(f"{name}: unknown setting {unknown[0]!r}; known are {', '.join(known)}")
-    module.check_settings(**(known | settings))
-    return partial(function, **(known | settings))
+    names = _names(name)
+    known = [_known_settings(n) for n in names]
+    if unknown := sorted(set(settings).difference(*known)):
+        raise ValueError(
+            f"{name}: unknown setting {unknown[0]!r}; known are {', '.join(k for ks in known for k in ks)}"
+        )
+    made = [_method(n, ks | {k: v for k, v in settings.items() if k in ks}) for n, ks in zip(names, known, strict=True)]
+    return made[0] if len(made) == 1 else Chain(*made)
+
+
+def _names(name: str) -> list[str]:
+    names = name.split("+")
+    unknown = next((n for n in names if n not in METHODS), None)
+    if unknown is not None:
+        raise ValueError(f"method: {unknown!r} is not known; known are {', '.join(METHODS)}")
+    if len(names) > 2 or (len(names) == 2 and (names[0] != "xmoe" or names[1] == "xmoe")):
+        raise ValueError(f"method: only xmoe can come before another method, as in 'xmoe+resmoe', got {name!r}")
+    return names
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(f"resmoe_kernels.python_ops.methods.{METHODS[name]}")
+
+
+def _known_settings(name: str) -> dict[str, Any]:
+    """The settings of a method and their defaults."""
+    parameters = inspect.signature(getattr(_module(name), METHODS[name])).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in GIVEN}
+
+
+def setting_defaults(name: str) -> dict[str, Any]:
+    """The settings of a method, or of two joined by a plus, and their defaults."""
+    return {setting: value for part in _names(name) for setting, value in _known_settings(part).items()}
+
+
+def setting_types(name: str) -> dict[str, tuple[type, ...]]:
+    """The settings of a method, or of two joined by a plus, and the types each may have."""
+    scalars = {"str": str, "int": int, "float": float, "bool": bool, "None": type(None)}
+    types: dict[str, tuple[type, ...]] = {}
+    for part in _names(name):
+        parameters = inspect.signature(getattr(_module(part), METHODS[part])).parameters
+        for setting in _known_settings(part):
+            annotation = parameters[setting].annotation  # text, because of the first import of each module
+            types[setting] = tuple(scalars[word.strip()] for word in annotation.split("|"))
+    return types
+
+
+def _method(name: str, settings: dict[str, Any]) -> Method:
+    module = _module(name)
+    module.check_settings(**settings)
+    return Method(
+        name,
+        settings,
+        module.NEEDS_STATISTICS(**settings) if callable(module.NEEDS_STATISTICS) else module.NEEDS_STATISTICS,
+        getattr(module, METHODS[name]),
+        getattr(module, "plan", None),
+        getattr(module, "find", None),
+    )

@@ -21,10 +21,12 @@ from resmoe_kernels.python_ops.align import (
     squared_norm,
 )
 from resmoe_kernels.python_ops.factorize import low_rank
+from resmoe_kernels.python_ops.methods import Compressed
 from resmoe_kernels.python_ops.prune import bitmap, block, block_kept
 
 RESIDUALS = ("lowrank", "sparse")
 SPARSE_LAYOUTS = ("block", "bitmap")
+NEEDS_STATISTICS = False
 _log = logging.getLogger("resmoe_kernels")
 
 
@@ -62,7 +64,7 @@ def resmoe(
     init: str = "first",
     solver: str = "assignment",
     progress: Progress | None = None,
-) -> tuple[FactoredExperts, Report]:
+) -> Compressed:
     """Compresses a layer of experts to a shared base and one residual each.
 
         B, pi = barycenter(W)          neurons matched across experts, B their mean, in the experts' dtype
@@ -146,7 +148,7 @@ def resmoe(
             report.bytes_now,
             report.bytes_dense,
         )
-    return factored, report
+    return Compressed(factored, report)
 
 
 def check_settings(
