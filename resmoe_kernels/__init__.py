@@ -22,6 +22,7 @@ _WHERE = {
     "compress": "python_ops.compress",
     "swap_experts": "python_ops.swap",
     "evaluate": "python_ops.evaluate",
+    "calibrate": "python_ops.calibrate",
 }
 __all__ = ["__version__", *_WHERE]
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from resmoe_kernels.factored import DenseExperts, FactoredExperts  # noqa: F401
     from resmoe_kernels.ops import backend, backends, experts, explain  # noqa: F401
     from resmoe_kernels.packed import PackedExperts  # noqa: F401
+    from resmoe_kernels.python_ops.calibrate import calibrate  # noqa: F401
     from resmoe_kernels.python_ops.compress import compress  # noqa: F401
     from resmoe_kernels.python_ops.evaluate import evaluate  # noqa: F401
     from resmoe_kernels.python_ops.swap import swap_experts  # noqa: F401
