@@ -43,7 +43,7 @@ def swap_experts(
     if before is not None and not isinstance(before, ResMoEConfig):
         raise ValueError(f"{type(model).__name__}: holds quantised weights; start from an unquantised model")
     dense = DenseModel(model, experts=chosen_method.find(model))
-    chosen = select_layers(dense.experts, layers)
+    chosen = list(select_layers(dense.experts, layers))
     for experts in chosen:
         for name, parameter in experts.module.named_parameters():
             check_finite(f"{experts.path}.{name}", parameter)

@@ -459,10 +459,29 @@ def test_compress_with_bad_settings(flags, words, run, dense, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_setting_that_is_no_number_is_a_usage_error(run, dense, tmp_path):
-    done = run("compress", dense, tmp_path / "out", "--retain", "much")
-    assert done.code == 2 and "'--retain'" in done.err and "Traceback" not in done.err
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--retain", "much"], ["--retain: must be float, got 'much'"]),
+        (["--retain=much"], ["--retain: must be float, got 'much'"]),
+        (["--rank", "3"], ["--rank: not a setting of resmoe; known are --residual, --retain"]),
+        (["--retain"], ["--retain: needs a value"]),
+        (["more"], ["compress: got the word 'more', expected --name value"]),
+        (["--calibration", "text.txt"], ["calibration: resmoe uses no calibration with these settings; leave it out"]),
+        (["--method", "mc-smoe"], ["calibration: mc-smoe needs a text to see how the experts are used"]),
+        (["--method", "resmoe+xmoe"], ["method: only xmoe can come before another method", "'resmoe+xmoe'"]),
+    ],
+    ids=lambda value: " ".join(value) if str(value[0]).startswith("--") else "",
+)
+def test_compress_with_words_that_mean_nothing(flags, words, run, dense, tmp_path):
+    refused(run("compress", dense, tmp_path / "out", *flags), *words)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_are_listed(run):
+    done = run("settings", "resmoe")
+    assert done.code == 0 and "--retain" in done.out and "0.25" in done.out
+    refused(run("settings", "magic"), "method: 'magic' is not known; known are resmoe")
 
 
 def a_file(out: Path) -> None:

@@ -247,7 +247,7 @@ def no_work(monkeypatch) -> Iterator[None]:
     def work(*_):
         raise AssertionError("a layer was compressed")
 
-    monkeypatch.setattr("resmoe_kernels.python_ops.compress._compress_module", work)
+    monkeypatch.setattr("resmoe_kernels.python_ops.compress._write_layer", work)
     yield
 
 
@@ -464,7 +464,7 @@ def test_bad_weights_beside_the_experts_are_found_before_the_work(model, tmp_pat
     tensors = load_file(shard)
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, shard, metadata={"format": "pt"})
-    monkeypatch.setattr("resmoe_kernels.python_ops.compress._compress_module", _interrupt)
+    monkeypatch.setattr("resmoe_kernels.python_ops.compress._write_layer", _interrupt)
     with pytest.raises(ValueError, match=r"model\.norm\.weight: all weights must be finite"):
         rk.compress(model, tmp_path / "out", progress=False)
 
