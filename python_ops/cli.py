@@ -97,9 +97,9 @@ def method_settings(method: str, words: list[str]) -> dict[str, Any]:
 
 
 def _parsed(option: str, value: str, kinds: tuple[type, ...]) -> Any:
-    words = {"true": True, "false": False} if bool in kinds else {}
+    words: dict[str, Any] = {"true": True, "false": False} if bool in kinds else {}
     if type(None) in kinds:
-        words |= {"none": None}
+        words["none"] = None
     if value.lower() in words:
         return words[value.lower()]
     for kind in kinds:
@@ -174,7 +174,8 @@ def env_command() -> None:
 
 
 def inspect_checkpoint(folder: str | Path) -> list[dict[str, Any]]:
-    """One row per compressed layer: path, form, ranks, density, bytes dense and now, error at compression.
+    """One row per compressed layer: path, form, ranks, density, bytes dense and now, error at compression,
+    and what differs in its router.
 
     Read from config.json. Raises ValueError if the folder is not a whole factored checkpoint.
     """
@@ -193,6 +194,7 @@ def inspect_checkpoint(folder: str | Path) -> list[dict[str, Any]]:
 def _inspect_layer(path: str, spec: dict[str, Any]) -> dict[str, Any]:
     from resmoe_kernels.factored import MATRICES
     from resmoe_kernels.python_ops.hf_quantizer import described_weights
+    from resmoe_kernels.python_ops.routing import RouterChange
 
     weights = described_weights(spec)
     tensors = weights.tensors()
@@ -218,11 +220,14 @@ def _inspect_layer(path: str, spec: dict[str, Any]) -> dict[str, Any]:
         "bytes_dense": dense_count * width + weights.nbytes_by_part()["bias"],
         "bytes_now": weights.nbytes(),
         "relative_error": spec["report"]["relative_error"],
+        "router": RouterChange.from_json(spec["router"]).describe() if "router" in spec else "",
     }
 
 
 def _print_inspection(rows: list[dict[str, Any]]) -> None:
-    table = Table("layer", "form", "mean rank gate_up/down", "density", "bytes dense", "now", "ratio", "relative error")
+    table = Table(
+        "layer", "form", "mean rank gate_up/down", "density", "bytes dense", "now", "ratio", "relative error", "router"
+    )
     for row in rows:
         rank, density = row["mean_rank"], row["density"]
         table.add_row(
@@ -234,9 +239,10 @@ def _print_inspection(rows: list[dict[str, Any]]) -> None:
             f"{row['bytes_now']:,}",
             f"{row['bytes_now'] / row['bytes_dense']:.3f}",
             f"{row['relative_error']:.4f}",
+            row["router"],
         )
     dense, now = (sum(row[key] for row in rows) for key in ("bytes_dense", "bytes_now"))
-    table.add_row("all", "", "", "", f"{dense:,}", f"{now:,}", f"{now / dense:.3f}", "", style="bold")
+    table.add_row("all", "", "", "", f"{dense:,}", f"{now:,}", f"{now / dense:.3f}", "", "", style="bold")
     _print(table)
 
 

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from resmoe_kernels.python_ops.calibrate import DEFAULT_TOKENS, collect, origin_of, windows
+from resmoe_kernels.python_ops.calibrate import DEFAULT_TOKENS, check_moments, collect, origin_of, windows
 from resmoe_kernels.python_ops.checkpoint import (
     INDEX,
     SINGLE,
@@ -243,7 +243,9 @@ def _calibration_data(
 
     tokenizer = AutoTokenizer.from_pretrained(source.folder)
     token_ids = windows(AutoConfig.from_pretrained(source.folder), tokenizer, calibration, tokens or DEFAULT_TOKENS)
-    origin = origin_of(token_ids, fingerprint, moments or MOMENTS[0])
+    moments = moments or MOMENTS[0]
+    check_moments(moments)
+    origin = origin_of(token_ids, fingerprint, moments)
     hashed = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:12]
     name = f"{source.folder.resolve().name}-{hashed}.statistics.safetensors"
     return _CalibrationData({"calibration": origin}, None, token_ids, origin, name)
