@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -73,6 +74,26 @@ def low_rank(
     if factorization == "joint":
         v = tensors.pop("v_gate_up")
         tensors["v_gate_up"], tensors["u_down"] = v[:, :-hidden].contiguous(), v[:, -hidden:].contiguous()
+    return tensors
+
+
+def low_rank_at(
+    residual: Residual, ranks: dict[str, Sequence[int]], *, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """The same, ``stacked``, at given ranks: for each matrix those of its experts, multiples of 16.
+
+    Returns u_gate_up, v_gate_up, rank_offsets_gate_up, u_down, v_down, rank_offsets_down.
+    """
+    tensors: dict[str, Tensor] = {}
+    kept: dict[str, list[tuple[Tensor, Tensor]]] = {matrix: [] for matrix in ranks}
+    for e, of_expert in enumerate(zip(*ranks.values(), strict=True)):
+        for matrix, weight, rank in zip(ranks, residual(e), of_expert, strict=True):
+            u, v, _ = truncated_svd(weight, rank)
+            kept[matrix].append((u.to(dtype), v.to(dtype)))
+    for matrix, pairs in kept.items():
+        tensors[f"u_{matrix}"], tensors[f"v_{matrix}"] = (torch.cat(rows) for rows in zip(*pairs, strict=True))
+        ends = [0, *itertools.accumulate(ranks[matrix])]
+        tensors[f"rank_offsets_{matrix}"] = torch.tensor(ends, dtype=torch.int32, device=pairs[0][0].device)
     return tensors
 
 
