@@ -74,8 +74,7 @@ def collect(
     Memory, beside the model or, from disk, its embeddings and one decoder layer: hidden states, n H in the model's
     dtype; for each layer E I float32 of moments (E I^2 where ``full``) and 4096 (H + E) of sampled tokens.
     """
-    if moments not in MOMENTS:
-        raise ValueError(f"moments: must be one of {', '.join(MOMENTS)}, got {moments!r}")
+    check_moments(moments)
     layers: dict[str, LayerStatistics] = {}
     of_layer: dict[int, list[int]] = {}
     for i in range(len(model.experts)):
@@ -97,6 +96,12 @@ def collect(
     return Statistics(layers, origin_of(token_ids, fingerprint, moments), token_ids)
 
 
+def check_moments(moments: str) -> None:
+    """Raises ValueError if there are none of the name."""
+    if moments not in MOMENTS:
+        raise ValueError(f"moments: must be one of {', '.join(MOMENTS)}, got {moments!r}")
+
+
 class _Collector:
     """Watches the router and the experts of one layer while tokens pass, and sums up."""
 
@@ -110,24 +115,14 @@ class _Collector:
         self.wanted = torch.linspace(0, tokens - 1, min(SAMPLE, tokens)).round().long()
         self.sums: dict[str, Tensor] = {}
         self.samples: dict[str, list[Tensor]] = {"x": [], "logits": [], "index": [], "weight": []}
-        self.logits: Tensor | None = None
-        router = found.router(model.module)
-        self.hooks = [
-            router.register_forward_hook(self._on_router),
-            found.module.register_forward_pre_hook(self._on_experts, with_kwargs=True),
-        ]
+        self.hooks = found.watch(model.module, self._on_experts)
 
     def remove(self) -> None:
         for hook in self.hooks:
             hook.remove()
 
-    def _on_router(self, module, _, output) -> None:
-        self.logits = output[0].float()
-
-    def _on_experts(self, module, positional: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        x, index, weight = (*positional, *named.values())
-        logits, self.logits = self.logits, None
-        assert logits is not None
+    def _on_experts(self, x: Tensor, index: Tensor, weight: Tensor, logits: Tensor) -> None:
+        logits = logits.float()
         count = self.experts.num_experts
         add = self._add
         add("probability", logits.softmax(-1).double().sum(0))

@@ -42,7 +42,6 @@ class DenseModel:
     ) -> None:
         self.module, self.reader = module, reader
         self.experts = list(find_experts(module) if experts is None else experts)
-        self.tokens: Tensor | None = None  # (windows, L), those of calibration
 
     # ---- experts
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from resmoe_kernels.python_ops.usage import count_usage
+
 DEFAULT_STRIDE = 512
 WINDOW_CAP = 2048  # the window at which compression papers report perplexity
 ROWS_PER_BATCH = 16  # 3 times the rows per second of 1 on two CPU cores; 64 pads more and is slower
@@ -63,6 +65,9 @@ def evaluate(
     window: most tokens the model sees at once; by default its ``max_position_embeddings``, at most 2048
     limit: reads only the first tokens of the text and the first rows of the other files
 
+    Of a compressed model there is ``experts_per_token`` besides: with how many experts a token was computed, a part
+    counting as its fraction, mean over all tokens run (padding included) and over layers.
+
     Raises ValueError for a model that is not a decoder with a language-modelling head, no file to evaluate, a
     file that is missing, empty or malformed (named with its line), labels that do not match the rows, and a
     stride, window or limit out of range.
@@ -102,7 +107,7 @@ def evaluate(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), count_usage(model) as usage:
             if text is not None:
                 metrics |= _perplexity(model, torch.tensor(ids, device=model.device), stride, window, progress)
             if lambada is not None:
@@ -114,6 +119,8 @@ def evaluate(
                 per_byte = [logp / size for logp, size in zip(logps, sizes, strict=True)]
                 metrics["piqa_accuracy"] = _two_choice_accuracy(logps, labels)
                 metrics["piqa_accuracy_norm"] = _two_choice_accuracy(per_byte, labels)
+        if used := [layer.experts_per_token for layer in usage.values() if layer.tokens]:
+            metrics["experts_per_token"] = math.fsum(used) / len(used)
     finally:
         for module, training in modes.items():
             module.training = training

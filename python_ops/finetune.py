@@ -169,8 +169,7 @@ def _learning(
             parameter.requires_grad_(learnt)
         for layer in layers.values():
             _set_weights(layer, layer.weights if retain is None else _with_sparse(layer.weights))
-            layer.differentiable = False
-            layer.pack()
+            layer.end_training()
         _record(student, layers)
 
 

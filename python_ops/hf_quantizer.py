@@ -68,7 +68,7 @@ class ResMoEQuantizer(HfQuantizer):
         _run_dense_layers_as_usual(model)
         layers = self.quantization_config.layers
         check_complete(layers, _names(kwargs.get("checkpoint_files") or []))
-        modules = {experts.path: experts for experts in find_experts(model)}
+        modules = {experts.path: experts for experts in find_experts(model, or_ffns=True)}
         prefix = f"{model.base_model_prefix}."
         found = {}  # by the paths of this model, which may be a part or a whole of the one that was saved
         for path, spec in layers.items():

@@ -15,7 +15,6 @@ from resmoe_kernels.packed import PackedExperts, declines
 from resmoe_kernels.python_ops.routing import RouterChange, choose_parts, fold, map_slots
 
 PART_ROUTER = "part_router"
-_UNCHANGED = RouterChange()
 
 
 class FactoredExpertsLayer(nn.Module):
@@ -36,7 +35,8 @@ class FactoredExpertsLayer(nn.Module):
 
     def __init__(self, weights: FactoredExperts, activation: str) -> None:
         super().__init__()
-        self.router_change = _UNCHANGED
+        self.router_change = RouterChange()
+        self.reroutes = False  # whether ``route`` has anything to do
         self._expert_of_slot: Tensor | None = None
         self.register_parameter(PART_ROUTER, None)
         for name, value in weights.sizes().items():
@@ -58,7 +58,8 @@ class FactoredExpertsLayer(nn.Module):
         return self._as_value(lambda parameter: parameter.data)
 
     def _as_value(self, read: Callable[[nn.Parameter], Tensor]) -> FactoredExperts:
-        tensors = {name: read(p) for name in TENSOR_NAMES if (p := self._parameters[name]) is not None}
+        # Not self._parameters: while peft trains a parameter, it is computed, and no longer among them.
+        tensors = {name: read(p) for name in TENSOR_NAMES if (p := getattr(self, name)) is not None}
         return FactoredExperts.from_tensors(tensors, **{name: getattr(self, name) for name in SIZE_NAMES})
 
     @property
@@ -72,6 +73,7 @@ class FactoredExpertsLayer(nn.Module):
         part_router: (E, H) float, a row for every part, see routing.choose_parts
         """
         self.router_change = change
+        self.reroutes = change.expert_of_slot is not None or change.parts > 1
         if change.expert_of_slot is not None:
             self._expert_of_slot = torch.tensor(change.expert_of_slot, device="cpu")
         if part_router is not None:
@@ -154,11 +156,18 @@ class FactoredExpertsLayer(nn.Module):
         for parameter in self.parameters():
             parameter.requires_grad_(train and parameter.is_floating_point())
 
+    def end_training(self) -> None:
+        """Runs by the op again, frozen, and packed where that is served."""
+        self.requires_grad_(False)
+        self.zero_grad()
+        self.differentiable = False
+        self.pack()
+
     # ---- running
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (T, H), top_k_index (T, top_k) int, top_k_weights (T, top_k) -> (T, H)."""
-        if self.router_change is not _UNCHANGED:
+        if self.reroutes:
             top_k_index, top_k_weights = self.route(hidden_states, top_k_index, top_k_weights)
         if self.differentiable:
             weights = self._as_value(lambda parameter: parameter)
@@ -198,6 +207,16 @@ class OneHotExpertsLayer(FactoredExpertsLayer):
         chosen = selected_experts.argmax(-1)
         top_k_index = torch.where(selected_experts.sum(-1) > 0, chosen, -1)
         return super().forward(hidden_states, top_k_index, routing_weights)
+
+
+class DenseFFNLayer(FactoredExpertsLayer):
+    """The same in place of a dense feed-forward module: one expert in parts, and every token uses it with weight 1."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """hidden_states (..., H) -> (..., H)."""
+        x = hidden_states.flatten(0, -2)
+        one = x.new_ones(len(x), 1)
+        return super().forward(x, torch.zeros_like(one, dtype=torch.int64), one).view_as(hidden_states)
 
 
 class SelfRoutedExpertsLayer(FactoredExpertsLayer):

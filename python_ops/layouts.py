@@ -1,8 +1,8 @@
 """Where a model keeps its experts, and in which layout: found by contract, never by a list of class names.
 
-Three layouts are covered: experts stacked in 3-D parameters (transformers 5), a ModuleDict of two-matrix experts
+Three layouts of experts are covered: stacked in 3-D parameters (transformers 5), a ModuleDict of two-matrix experts
 behind a one-hot contract (Switch Transformers), and a ModuleList of MLPs in a block that routes by itself (older
-remote code).
+remote code). In models without experts, the gated feed-forward modules are found where they are asked for.
 """
 
 from __future__ import annotations
@@ -14,12 +14,20 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from resmoe_kernels.activations import POINTWISE, register_gate, registered_gate
 from resmoe_kernels.factored import DenseExperts, FactoredExperts
-from resmoe_kernels.python_ops.layer import FactoredExpertsLayer, OneHotExpertsLayer, SelfRoutedExpertsLayer
+from resmoe_kernels.python_ops.activation_names import gate_name, pointwise_name
+from resmoe_kernels.python_ops.layer import (
+    DenseFFNLayer,
+    FactoredExpertsLayer,
+    OneHotExpertsLayer,
+    SelfRoutedExpertsLayer,
+)
 from resmoe_kernels.python_ops.routers import change_choice, find_router, read_scoring
 from resmoe_kernels.python_ops.routing import RouterChange, Scoring
+
+Watcher = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,22 @@ class ExpertsModule:
     def scoring(self, model: nn.Module) -> Scoring:
         """How that router scores. Raises ValueError if that is not known."""
         return read_scoring(self.router(model), self.path)
+
+    def watch(self, model: nn.Module, called: Watcher) -> list[RemovableHandle]:
+        """Calls ``called(x, index, weight, logits)`` whenever the dense module runs, until the handles are removed.
+
+        x (T, H);  index, weight (T, top_k), the routing of these tokens;  logits (T, E) of the router
+        """
+        logits: list[Tensor] = []
+
+        def on_experts(module, positional: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            x, index, weight = (*positional, *named.values())
+            called(x, index, weight, logits.pop())
+
+        return [
+            self.router(model).register_forward_hook(lambda module, _, output: logits.append(output[0])),
+            self.module.register_forward_pre_hook(on_experts, with_kwargs=True),
+        ]
 
     @property
     def num_experts(self) -> int:
@@ -139,10 +163,10 @@ class StackedExperts(ExpertsModule):
         shell: Any = self.module.__class__.__new__(self.module.__class__)
         shell.__dict__.update(self.module.__dict__, _parameters={})
         if not self.module.has_gate:
-            return _pointwise_name(shell.act_fn)
+            return pointwise_name(shell.act_fn)
         if not self._interleaved:
-            return _gate_name(shell._apply_gate, shell)
-        return _gate_name(lambda z: shell._apply_gate(torch.stack(z.chunk(2, -1), -1).flatten(-2)), shell)
+            return gate_name(shell._apply_gate, shell)
+        return gate_name(lambda z: shell._apply_gate(torch.stack(z.chunk(2, -1), -1).flatten(-2)), shell)
 
 
 class OneHotExperts(ExpertsModule):
@@ -173,7 +197,7 @@ class OneHotExperts(ExpertsModule):
 
     @cached_property
     def activation(self) -> str:
-        return _pointwise_name(self.module["expert_0"].act)  # type: ignore[index]
+        return pointwise_name(self.module["expert_0"].act)  # type: ignore[index]
 
 
 class SelfRoutedExperts(ExpertsModule):
@@ -209,18 +233,72 @@ class SelfRoutedExperts(ExpertsModule):
 
     @cached_property
     def activation(self) -> str:
-        return _pointwise_name(self.module[0].act_fn, gated=True)  # type: ignore[index]
+        return pointwise_name(self.module[0].act_fn, gated=True)  # type: ignore[index]
+
+
+class DenseFFN(ExpertsModule):
+    """The feed-forward module of Llama and its heirs, down(act(gate x) * up x), read as a single expert that every
+    token uses with weight 1. It has no router."""
+
+    layer_class = DenseFFNLayer
+
+    @classmethod
+    def covers(cls, module: nn.Module, parent: nn.Module | None) -> bool:
+        mlp = {"gate_proj", "up_proj", "down_proj"}
+        return _linears(module) == mlp and hasattr(module, "act_fn") and not _own_parameters(module)
+
+    @property
+    def num_experts(self) -> int:
+        return 1
+
+    def read(self, parameters: Mapping[str, Tensor]) -> DenseExperts:
+        gate_up, bias_gate_up = (
+            torch.cat([parameters[f"{m}_proj.{kind}"] for m in ("gate", "up")]).unsqueeze(0)
+            if f"gate_proj.{kind}" in parameters
+            else None
+            for kind in ("weight", "bias")
+        )
+        assert gate_up is not None
+        bias_down = parameters.get("down_proj.bias")
+        return DenseExperts(
+            gate_up,
+            parameters["down_proj.weight"].unsqueeze(0),
+            bias_gate_up,
+            None if bias_down is None else bias_down.unsqueeze(0),
+        )
+
+    def router(self, model: nn.Module) -> nn.Module:
+        raise ValueError(f"{self.path}: a dense feed-forward module has no router; its parts are what can be chosen")
+
+    def watch(self, model: nn.Module, called: Watcher) -> list[RemovableHandle]:
+        def on_module(module, positional: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            x = (*positional, *named.values())[0].flatten(0, -2)
+            one = torch.ones(len(x), 1, device=x.device)
+            called(x, torch.zeros_like(one, dtype=torch.int64), one, torch.zeros_like(one))
+
+        return [self.module.register_forward_pre_hook(on_module, with_kwargs=True)]
+
+    @cached_property
+    def activation(self) -> str:
+        return pointwise_name(self.module.act_fn, gated=True)  # type: ignore[arg-type]
 
 
 LAYOUTS: tuple[type[ExpertsModule], ...] = (StackedExperts, OneHotExperts, SelfRoutedExperts)
 
 
-def find_experts(model: nn.Module) -> list[ExpertsModule]:
-    """Every experts module of a model, in order.
+def find_experts(model: nn.Module, *, or_ffns: bool = False) -> list[ExpertsModule]:
+    """Every experts module of a model, in order; of a model without, and ``or_ffns``, its feed-forward modules.
 
     Raises ValueError naming module and reason if one of them is of a kind that is not covered, or if there is none.
     """
     found = _find(model)
+    if not found and or_ffns:
+        found = _find_ffns(model)
+        if not found:
+            raise ValueError(
+                f"{type(model).__name__} holds neither experts modules nor feed-forward modules of linears gate_proj, "
+                "up_proj and down_proj: nothing to compress"
+            )
     if not found:
         raise ValueError(f"{type(model).__name__} holds no experts modules: nothing to compress")
     return found
@@ -246,6 +324,14 @@ def _find(model: nn.Module) -> list[ExpertsModule]:
                 "(stacked 3-D parameters with layout flags, a one-hot ModuleDict, a ModuleList served by moe_infer)"
             )
     return found
+
+
+def _find_ffns(model: nn.Module) -> list[ExpertsModule]:
+    """The feed-forward modules of a model that has no experts, not those beside experts that were compressed."""
+    layers = [m for m in model.modules() if isinstance(m, FactoredExpertsLayer)]
+    if not all(isinstance(m, DenseFFNLayer) for m in layers):
+        return []
+    return [DenseFFN(path, m) for path, m in model.named_modules() if DenseFFN.covers(m, None)]
 
 
 def select_layers(found: list[ExpertsModule], layers: str) -> list[ExpertsModule]:
@@ -281,63 +367,19 @@ def _looks_like_experts(path: str, module: nn.Module) -> bool:
     return named and not name.startswith("shared") and next(module.parameters(), None) is not None
 
 
+def _own_parameters(module: nn.Module) -> list[str]:
+    """Parameters that are not those of its linears."""
+    return [n for n, _ in module.named_parameters() if n.partition(".")[0] not in _linears(module)]
+
+
 def _linears(module: nn.Module) -> set[str]:
     return {name for name, child in module.named_children() if isinstance(child, nn.Linear)}
 
 
-# ---- naming activations by what they compute
-
-# Wide enough to tell a clamped gate (limits of 7 to 10 are usual) from a plain one, fine enough for gelu's two forms.
-_PROBE = torch.tensor([i / 5 for i in range(-30, 31)] + [-200.0, -30.0, 30.0, 200.0], device="cpu")
-_GRID = torch.cartesian_prod(_PROBE, _PROBE)  # every pair of gate and up value
-
-
-def _same(f: Callable[[Tensor], Tensor], g: Callable[[Tensor], Tensor], z: Tensor) -> bool:
-    # The two forms of gelu are 4e-4 apart.
-    return torch.allclose(f(z).float(), g(z).float(), rtol=1e-5, atol=1e-5)
-
-
-def _pointwise_name(act: Callable[[Tensor], Tensor], gated: bool = False) -> str:
-    for name, known in POINTWISE.items():
-        if _same(act, known, _PROBE):
-            return name
-
-    def gate(z: Tensor) -> Tensor:
-        if not gated:
-            return act(z)
-        first, second = z.chunk(2, dim=-1)
-        return act(first) * second
-
-    return _register(gate, act, _GRID if gated else _PROBE.unsqueeze(1))
-
-
-def _gate_name(gate: Callable[[Tensor], Tensor], owner: nn.Module) -> str:
-    for name, known in POINTWISE.items():
-        if _same(gate, lambda z, f=known: f(z[:, :1]) * z[:, 1:], _GRID):  # type: ignore[misc]
-            return name
-    return _register(gate, owner, _GRID)
-
-
-def _register(gate: Callable[[Tensor], Tensor], owner: Any, probe: Tensor) -> str:
-    """Registers a model's own activation under its class name, its numbers and its inner activation."""
-    numbers = {k: v for k, v in getattr(owner, "__dict__", {}).items() if isinstance(v, float | int)}
-    names = {k: str(v) for k, v in numbers.items() if k != "training" and not k.startswith("_")}
-    if hasattr(owner, "act_fn"):
-        names["act_fn"] = getattr(owner.act_fn, "__name__", type(owner.act_fn).__name__)
-    stem = getattr(owner, "__name__", type(owner).__name__)
-    stem += f"({', '.join(f'{k}={v}' for k, v in sorted(names.items()))})"
-    name, number = stem, 1
-    while (registered := registered_gate(name)) is not None:
-        if _same(registered, gate, probe):
-            return name
-        number += 1  # two lambdas, or two classes of one name
-        name = f"{stem}#{number}"
-    register_gate(name, gate)
-    return name
-
-
 def expert_nbytes(model: nn.Module) -> int:
-    """Bytes of all expert weights of a model, factored (indices and base included) and dense ones together."""
-    factored = sum(m.form.nbytes() for m in model.modules() if isinstance(m, FactoredExpertsLayer))
-    dense = [p for experts in _find(model) for p in experts.module.parameters()]
-    return factored + sum(p.numel() * p.element_size() for p in dense)
+    """Bytes of all expert weights of a model, factored (indices, base and part routers included) and dense ones
+    together; of a model without experts those of its feed-forward modules."""
+    factored = [m for m in model.modules() if isinstance(m, FactoredExpertsLayer)]
+    tensors = [m.part_router for m in factored if m.part_router is not None]
+    tensors += [p for experts in _find(model) or _find_ffns(model) for p in experts.module.parameters()]
+    return sum(m.form.nbytes() for m in factored) + sum(t.numel() * t.element_size() for t in tensors)

@@ -60,7 +60,6 @@ def fine_tune(
             'peft: fine-tuning needs it, it is not installed; run: pip install "resmoe_kernels[finetune]"'
         ) from error
 
-    packed = [layer.packed is not None for layer in layers]
     for layer in layers:
         layer.make_differentiable(train=False)
     trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -77,10 +76,8 @@ def fine_tune(
     tuned.merge_and_unload()
     for parameter, required in trains.items():
         parameter.requires_grad_(required)
-    for layer, was_packed in zip(layers, packed, strict=True):
-        layer.differentiable = False
-        if was_packed:
-            layer.pack()
+    for layer in layers:
+        layer.end_training()
     return losses
 
 

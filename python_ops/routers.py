@@ -44,9 +44,10 @@ def read_scoring(router: nn.Module, experts_path: str) -> Scoring:
     generator = torch.Generator().manual_seed(0)
     for tensor in itertools.chain(probe.parameters(), probe.buffers()):
         if tensor.is_floating_point():
-            tensor.data = torch.randn(tensor.shape, generator=generator) / 8
+            # Logits of deviation 1: a softmax of wide ones is 0 and 1, whatever is done with it.
+            tensor.data = torch.randn(tensor.shape, generator=generator) / max(tensor.shape, default=1) ** 0.5
     with torch.no_grad():
-        x = torch.randn(_PROBE_TOKENS, probe.weight.shape[1], generator=generator)  # type: ignore[arg-type]
+        x = torch.randn(_PROBE_TOKENS, probe.weight.shape[1], generator=generator)  # type: ignore[index, arg-type]
         answer = probe(x)
     if isinstance(answer, tuple) and len(answer) == 3:
         logits, weights, experts = answer
@@ -55,7 +56,8 @@ def read_scoring(router: nn.Module, experts_path: str) -> Scoring:
         for scoring in _candidates(router, experts.shape[-1]):
             if scoring.groups > 1 and (num_slots % scoring.groups or num_slots // scoring.groups < 2):
                 continue
-            made = _by_slot(*select(logits, scoring, bias=bias), num_slots)
+            made_weights, made_slots = select(logits, scoring, bias=bias)
+            made = _by_slot(made_weights, made_slots, num_slots)
             scale = float(wanted.sum() / made.sum())
             if torch.allclose(made * scale, wanted, rtol=1e-4, atol=1e-6):
                 return Scoring(**{**vars(scoring), "scale": round(scale, 5)})

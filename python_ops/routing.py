@@ -43,7 +43,8 @@ class Threshold:
     """A token uses the smallest set of most probable experts whose probabilities reach ``mass``, at least one.
 
     mass: in (0, 1]; at 1 all are used, whatever rounding does to their sum
-    combine: weights of those used: ``raw`` p_e (the paper), ``renormalised`` p_e / sum, or ``ones``
+    combine: weights of those used, times the router's own scale: ``raw`` p_e (the paper), ``renormalised`` p_e / sum
+        over those used, or ``ones``
     max_experts: never more than these, None for all
     """
 
@@ -135,7 +136,7 @@ class RouterChange:
             if self.prunes:
                 said.append(f"{kept} of {slots} kept")
             if (experts := max(self.expert_of_slot) + 1) < kept:
-                said.append(f"{slots} slots on {experts} experts" + (", folded" if self.fold else ""))
+                said.append(f"{kept} slots on {experts} experts" + (", folded" if self.fold else ""))
         if self.threshold is not None:
             at_most = "" if self.threshold.max_experts is None else f", at most {self.threshold.max_experts}"
             said.append(f"threshold {self.threshold.mass:.4g} {self.threshold.combine}{at_most}")
@@ -156,7 +157,7 @@ def select(
 ) -> tuple[Tensor, Tensor]:
     """A router's choice and weights, from its logits.
 
-    logits: (T, E) float;  scoring: see Scoring;  bias: (E,) float, of the choice only
+    logits: (T, E) float;  scoring: see Scoring;  bias: (E,) float, of the choice of top_k only
     pruned: (E,) bool and left, the number of slots that are not, which the host must know; None for none pruned
     masked, threshold: see RouterChange
     Returns weights (T, K) float32 and slots (T, K) int64, -1 where unused: K = min(top_k, slots left) or, with a
@@ -170,15 +171,18 @@ def select(
     if pruned is not None and masked == "before":
         logits = logits.masked_fill(pruned, -torch.inf)
     scores = logits.softmax(-1) if scoring.score == "softmax" else logits.sigmoid()
-    choice = scores if bias is None else scores + bias.float()
+    choice = scores if bias is None or threshold is not None else scores + bias.float()
     if pruned is not None:
         choice = choice.masked_fill(pruned, -torch.inf)
     if threshold is not None:
         return _prefix(choice, threshold, left, scoring.scale)
     if scoring.groups > 1:
         choice = _best_groups(choice, scoring)
-    slots = choice.topk(min(scoring.top_k, left), dim=-1).indices
+    best, slots = choice.topk(min(scoring.top_k, left), dim=-1)
     weights = scores.gather(-1, slots)
+    if pruned is not None and scoring.groups > 1:  # the groups kept may hold fewer slots than top_k
+        reached = best > -torch.inf
+        weights, slots = weights.where(reached, 0), slots.where(reached, -1)
     if scoring.normalised:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return weights * scoring.scale, slots
@@ -198,13 +202,15 @@ def _prefix(probabilities: Tensor, threshold: Threshold, left: int, scale: float
 
 
 def _within_mass(ordered: Tensor, mass: float | Tensor) -> Tensor:
-    """(..., n) float, descending -> bool: those before which the running sum is below ``mass``, the first always."""
+    """(..., n) float, descending -> bool: those before which the running sum is below ``mass``; the first, as 0 is."""
     if isinstance(mass, float | int) and mass >= 1:
         return torch.ones_like(ordered, dtype=torch.bool)
-    before = ordered.cumsum(-1) - ordered
-    used = before < mass
-    used[..., 0] = True
-    return used
+    return mass_before(ordered) < mass
+
+
+def mass_before(ordered: Tensor) -> Tensor:
+    """(..., n) float -> the same shape: the sum of what stands before each, 0 for the first."""
+    return torch.nn.functional.pad(ordered[..., :-1].cumsum(-1), (1, 0))
 
 
 def _best_groups(choice: Tensor, scoring: Scoring) -> Tensor:
@@ -240,7 +246,7 @@ def choose_parts(
     """Replaces every expert of a token by those of its parts that matter.
 
         q_e = softmax of rows e * parts ... of part_router x;  share of part (e, j) = w_e q_ej
-        used: the largest shares, until they reach ``mass`` of the token's sum of w_e, at least one
+        used: the largest shares, until they reach ``mass`` of the token's sum of w_e; at least one, unless that is 0
 
     A part is an additive piece of its expert, so every part used has the expert's own weight w_e: with all parts the
     result is the expert's.
@@ -251,17 +257,21 @@ def choose_parts(
     """
     offsets = torch.arange(parts, device=experts.device, dtype=experts.dtype)
     ids = experts.unsqueeze(-1) * parts + offsets
-    ids = ids.where(experts.unsqueeze(-1) >= 0, -1)
-    spread = weights.unsqueeze(-1).expand_as(ids)
+    ids = ids.where(experts.unsqueeze(-1) >= 0, -1).flatten(1)
+    spread = weights.repeat_interleave(parts, dim=1)
     if mass < 1:
         assert part_router is not None
-        inside = (experts >= 0) & (experts < len(part_router) // parts)
-        logits = (x.to(part_router.dtype) @ part_router.T).float().unflatten(-1, (-1, parts))
-        rows = experts.where(inside, 0).long().unsqueeze(-1).expand_as(ids)
-        q = logits.softmax(-1).gather(1, rows)
-        share = (q * spread.float()).where(inside.unsqueeze(-1), 0).flatten(1)
+        share = part_shares(x, experts, weights, part_router, parts)
         ordered, order = share.sort(dim=-1, descending=True, stable=True)
         used = _within_mass(ordered, mass * ordered.sum(-1, keepdim=True))
-        used = torch.zeros_like(used).scatter(1, order, used)
-        return ids.flatten(1).where(used, -1), spread.flatten(1)
-    return ids.flatten(1), spread.flatten(1)
+        ids = ids.where(torch.zeros_like(used).scatter(1, order, used), -1)
+    return ids, spread
+
+
+def part_shares(x: Tensor, experts: Tensor, weights: Tensor, part_router: Tensor, parts: int) -> Tensor:
+    """(T, K parts) float32: how much of each token's weight every part of its experts stands for, see choose_parts."""
+    inside = (experts >= 0) & (experts < len(part_router) // parts)
+    logits = (x.to(part_router.dtype) @ part_router.T).float().unflatten(-1, (-1, parts))
+    rows = experts.where(inside, 0).long().unsqueeze(-1).expand(-1, -1, parts)
+    q = logits.softmax(-1).gather(1, rows)
+    return (q * weights.float().where(inside, 0).unsqueeze(-1)).flatten(1)

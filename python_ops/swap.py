@@ -52,7 +52,6 @@ def swap_experts(
         for experts in chosen:
             if experts.path not in statistics.layers:
                 raise ValueError(f"statistics: hold nothing of {experts.path}; calibrate this model")
-        dense.tokens = statistics.token_ids
     plans = chosen_method.plan(dense, [dense.experts.index(e) for e in chosen], statistics, progress)
     dense.experts.clear()  # which would keep the dense weights
     swapped = []

@@ -111,7 +111,7 @@ def test_xmoe_before_resmoe(calibrated, dense, tmp_path):
 def test_statistics_of_another_model(calibrated, text, tmp_path, shared):
     calibrated(tmp_path / "out", **MERGE)
     (kept,) = tmp_path.glob("*.statistics.safetensors")
-    with pytest.raises(ValueError, match="was collected from another model than .*tiny-deepseek; calibrate again"):
+    with pytest.raises(ValueError, match=r"was collected from another model than .*tiny-deepseek; calibrate again"):
         rk.compress(shared("models/tiny-deepseek"), tmp_path / "two", calibration=kept, **MERGE)
     assert not (tmp_path / "two").exists()
 

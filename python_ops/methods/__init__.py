@@ -1,13 +1,15 @@
 """Compression methods: from the dense experts of one layer to FactoredExperts, a change of its router and a report.
 
 A method is a module here with a function of its name. The function's keyword arguments, but for those of ``GIVEN``,
-are the method's settings. A method that decides over all layers at once has a second function, ``plan``; one that
+are the method's settings; ``check_settings`` refuses wrong ones, ``needs_statistics`` says whether they ask for
+calibration. A method that decides over all layers at once has a second function, ``plan``; one that
 compresses other modules than experts has a third, ``find``.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -173,6 +175,17 @@ def _known_settings(name: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in GIVEN}
 
 
+def check_known(argument: str, value: str, known: Sequence[str]) -> None:
+    """Raises ValueError unless a setting's value is one of those known."""
+    if value not in known:
+        raise ValueError(f"{argument}: must be one of {', '.join(known)}, got {value!r}")
+
+
+def relative(lost: float, whole: float) -> float:
+    """sqrt(lost / whole) of two sums of squares: a relative error; 0 where there was nothing to lose."""
+    return math.sqrt(lost / whole) if whole else 0.0
+
+
 def setting_defaults(name: str) -> dict[str, Any]:
     """The settings of a method, or of two joined by a plus, and their defaults."""
     return {setting: value for part in _names(name) for setting, value in _known_settings(part).items()}
@@ -196,7 +209,7 @@ def _method(name: str, settings: dict[str, Any]) -> Method:
     return Method(
         name,
         settings,
-        module.NEEDS_STATISTICS(**settings) if callable(module.NEEDS_STATISTICS) else module.NEEDS_STATISTICS,
+        module.needs_statistics(**settings),
         getattr(module, METHODS[name]),
         getattr(module, "plan", None),
         getattr(module, "find", None),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from resmoe_kernels.python_ops.merge import (
     merged_bias_down,
     merged_design,
 )
-from resmoe_kernels.python_ops.methods import Compressed
+from resmoe_kernels.python_ops.methods import Compressed, check_known, relative
 from resmoe_kernels.python_ops.prune import Scale, bitmap, block, block_kept, column_scale
 from resmoe_kernels.python_ops.routing import RouterChange, fold, map_slots
 from resmoe_kernels.python_ops.statistics import LayerStatistics, Statistics
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 STAGES = ("merge", "compress", "hybrid")
 BUDGETS = ("global", "uniform")
 SPARSE_LAYOUTS = ("block", "bitmap", "rows")
-NEEDS_STATISTICS = True
 _log = logging.getLogger("resmoe_kernels")
 
 
@@ -222,6 +220,10 @@ def mc_smoe(
     return Compressed(factored, report, change)
 
 
+def needs_statistics(**_: Any) -> bool:
+    return True
+
+
 def check_settings(
     stage: str,
     groups: int | None,
@@ -233,10 +235,10 @@ def check_settings(
     sparse_layout: str,
 ) -> None:
     """Raises what ``mc_smoe`` would raise for its settings, before there are experts to compress."""
-    _check_known("stage", stage, STAGES)
-    _check_known("budget", budget, BUDGETS)
-    _check_known("similarity", similarity, SIMILARITIES)
-    _check_known("sparse_layout", sparse_layout, SPARSE_LAYOUTS)
+    check_known("stage", stage, STAGES)
+    check_known("budget", budget, BUDGETS)
+    check_known("similarity", similarity, SIMILARITIES)
+    check_known("sparse_layout", sparse_layout, SPARSE_LAYOUTS)
     if groups is not None and (not isinstance(groups, int) or groups < 1):
         raise ValueError(f"groups: must be a whole number of at least 1, got {groups}")
     for argument, value in (("retain", retain), ("density", density)):
@@ -246,11 +248,6 @@ def check_settings(
         raise ValueError(f"retain and density: stage {stage!r} needs one of them above 0; use stage='merge' for none")
     if sparse_layout == "block" and density > BLOCK_KEPT[-1] / BLOCK:
         raise ValueError(f"density: the block layout keeps at most 0.5, got {density}; use sparse_layout='bitmap'")
-
-
-def _check_known(argument: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{argument}: must be one of {', '.join(known)}, got {value!r}")
 
 
 def _needs_statistics() -> ValueError:
@@ -328,12 +325,8 @@ def _errors(experts: DenseExperts, grouped: Grouping, factored: FactoredExperts,
                 apart += squared_norm(weight - base)
                 lost[matrix] += squared_norm(weight - factored.materialize_matrix(matrix, e if own else g))
     return {
-        "relative_error": _relative(sum(lost.values()), sum(whole.values())),
-        "relative_error_gate_up": _relative(lost["gate_up"], whole["gate_up"]),
-        "relative_error_down": _relative(lost["down"], whole["down"]),
-        "merge_error": _relative(apart, sum(whole.values())),
+        "relative_error": relative(sum(lost.values()), sum(whole.values())),
+        "relative_error_gate_up": relative(lost["gate_up"], whole["gate_up"]),
+        "relative_error_down": relative(lost["down"], whole["down"]),
+        "merge_error": relative(apart, sum(whole.values())),
     }
-
-
-def _relative(lost: float, whole: float) -> float:
-    return math.sqrt(lost / whole) if whole else 0.0

@@ -22,14 +22,13 @@ from resmoe_kernels.python_ops.dense_model import DenseModel
 from resmoe_kernels.python_ops.expert_outputs import ExpertOutputs, expert_outputs
 from resmoe_kernels.python_ops.factorize import low_rank_at
 from resmoe_kernels.python_ops.genetic import SEARCHES, Found, Sets, search
-from resmoe_kernels.python_ops.methods import Compressed
+from resmoe_kernels.python_ops.methods import Compressed, check_known, relative
 from resmoe_kernels.python_ops.reception_field import best_together, runs
 from resmoe_kernels.python_ops.routers import correction_bias
 from resmoe_kernels.python_ops.routing import MASKED, RouterChange, Scoring
 from resmoe_kernels.python_ops.statistics import Statistics
 
 ALLOCATIONS = ("importance", "uniform")
-NEEDS_STATISTICS = True
 _MEMORY_LIMIT = 4 << 30  # of all layers' inner products; above it they are files in the temporary folder
 _BLOCK_TOKENS = 8192  # through the layers of a block, for every combination
 _log = logging.getLogger("resmoe_kernels")
@@ -145,9 +144,9 @@ def moe_i2(
             whole[matrix] += squared_norm(weight)
             lost[matrix] += squared_norm(weight - factored.materialize_matrix(matrix, e))
     report = Report(
-        relative_error=math.sqrt(_relative(sum(lost.values()), sum(whole.values()))),
-        relative_error_gate_up=math.sqrt(_relative(lost["gate_up"], whole["gate_up"])),
-        relative_error_down=math.sqrt(_relative(lost["down"], whole["down"])),
+        relative_error=relative(sum(lost.values()), sum(whole.values())),
+        relative_error_gate_up=relative(lost["gate_up"], whole["gate_up"]),
+        relative_error_down=relative(lost["down"], whole["down"]),
         output_error=plan["output_error"],
         importance=math.fsum(plan["importance"]),
         experts_pruned=len(pruned),
@@ -166,6 +165,10 @@ def moe_i2(
         )
     scoring = Scoring(**plan["scoring"])
     return Compressed(factored, report, _without(pruned, experts.num_experts, scoring, masked) if pruned else None)
+
+
+def needs_statistics(**_: Any) -> bool:
+    return True
 
 
 def check_settings(
@@ -187,8 +190,7 @@ def check_settings(
         ("search", search, SEARCHES),
         ("masked", masked, MASKED),
     ):
-        if value not in known:
-            raise ValueError(f"{argument}: must be one of {', '.join(known)}, got {value!r}")
+        check_known(argument, value, known)
     if not 0 <= prune < 1:
         raise ValueError(f"prune: must be in [0, 1), got {prune}")
     if not 0 < retain <= 1:
@@ -265,7 +267,7 @@ def plan(
                 "ranks": None if retain == 1 else _ranks(layer, _members(~f.sets[c]), retain, alpha),
                 "scoring": dataclasses.asdict(layer.outputs.scoring),
                 "importance": layer.importance.tolist(),
-                "output_error": _relative(float(f.errors[c]), layer.outputs.norm()),
+                "output_error": float(f.errors[c]) / (layer.outputs.norm() or 1.0),
                 "evaluations": f.evaluations,
             }
             for layer, f, c in zip(layers, found, best, strict=True)
@@ -393,7 +395,3 @@ def _ranks(layer: _Layer, kept: Sequence[int], retain: float, alpha: float) -> d
         importance = importance.where(importance > 0, known.mean()) / known.mean()
     weights = importance.pow(alpha).tolist() if len(known) else [1.0] * len(kept)
     return {m: shared_ranks(weights, *size, retain) for m, size in layer.sizes.items()}
-
-
-def _relative(lost: float, whole: float) -> float:
-    return lost / whole if whole else 0.0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +21,11 @@ from resmoe_kernels.python_ops.align import (
     squared_norm,
 )
 from resmoe_kernels.python_ops.factorize import low_rank
-from resmoe_kernels.python_ops.methods import Compressed
+from resmoe_kernels.python_ops.methods import Compressed, check_known, relative
 from resmoe_kernels.python_ops.prune import bitmap, block, block_kept
 
 RESIDUALS = ("lowrank", "sparse")
 SPARSE_LAYOUTS = ("block", "bitmap")
-NEEDS_STATISTICS = False
 _log = logging.getLogger("resmoe_kernels")
 
 
@@ -131,9 +130,9 @@ def resmoe(
             whole[matrix] += squared_norm(weight)
             lost[matrix] += squared_norm(weight.sub_(factored.materialize_matrix(matrix, e)))
     report = Report(
-        relative_error=_relative(sum(lost.values()), sum(whole.values())),
-        relative_error_gate_up=_relative(lost["gate_up"], whole["gate_up"]),
-        relative_error_down=_relative(lost["down"], whole["down"]),
+        relative_error=relative(sum(lost.values()), sum(whole.values())),
+        relative_error_gate_up=relative(lost["gate_up"], whole["gate_up"]),
+        relative_error_down=relative(lost["down"], whole["down"]),
         cosine_before=mean_cosine(experts),
         cosine_after=mean_cosine(experts, aligned.permutations),
         iterations=aligned.iterations,
@@ -151,24 +150,23 @@ def resmoe(
     return Compressed(factored, report)
 
 
+def needs_statistics(**_: Any) -> bool:
+    return False
+
+
 def check_settings(
     residual: str, retain: float, factorization: str, sparse_layout: str, init: str, solver: str
 ) -> None:
     """Raises what ``resmoe`` would raise for its settings, before there are experts to compress."""
-    _check_known("residual", residual, RESIDUALS)
-    _check_known("factorization", factorization, FACTORIZATIONS)
-    _check_known("sparse_layout", sparse_layout, SPARSE_LAYOUTS)
-    _check_known("init", init, INITS)
-    _check_known("solver", solver, SOLVERS)
+    check_known("residual", residual, RESIDUALS)
+    check_known("factorization", factorization, FACTORIZATIONS)
+    check_known("sparse_layout", sparse_layout, SPARSE_LAYOUTS)
+    check_known("init", init, INITS)
+    check_known("solver", solver, SOLVERS)
     if not 0 < retain <= 1:
         raise ValueError(f"retain: must be in (0, 1], got {retain}")
     if (residual, sparse_layout) == ("sparse", "block"):
         block_kept(retain)
-
-
-def _check_known(argument: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{argument}: must be one of {', '.join(known)}, got {value!r}")
 
 
 def _permuted_bias(experts: DenseExperts, permutations: Tensor) -> Tensor | None:
@@ -177,7 +175,3 @@ def _permuted_bias(experts: DenseExperts, permutations: Tensor) -> Tensor | None
     halves = experts.bias_gate_up.unflatten(1, (-1, experts.intermediate_size))
     order = permutations.to(halves.device).unsqueeze(1).expand_as(halves)
     return halves.gather(2, order).flatten(1)
-
-
-def _relative(lost: float, whole: float) -> float:
-    return math.sqrt(lost / whole) if whole else 0.0
