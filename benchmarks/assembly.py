@@ -6,12 +6,15 @@ SASS of NVIDIA's targets as nvdisasm prints it, and the assembly that LLVM write
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from operator import add
 
 SASS_LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 AMD_LINE = re.compile(r"\s+([a-z]\w+)\s*([^;]*)")
 SECTION = re.compile(r"\s*\.section\s+([^,\s]+)")
+FUNCTION = ".text."
 LABEL = re.compile(r"(\.L(?:_x_|BB)\w+):")
 TARGET = re.compile(r"(\.L_x_\w+)")
 SASS_WIDTHS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
@@ -76,35 +79,48 @@ class Block:
     successors: list[int] = field(default_factory=list)
 
 
+# A label, or an instruction, the labels it can jump to and whether the next line can follow.
+Line = str | tuple[Instruction, tuple[str, ...], bool]
+
+
 def sass_blocks(text: str) -> list[Block]:
     """The basic blocks of the one kernel in what ``nvdisasm -c`` prints. Functions that it calls are no part of its
     loops."""
-    lines: list[tuple[str, Instruction, str | None, bool] | str] = []
-    inside = False
+    (kernel,) = sass_kernels(text).values()
+    return kernel
+
+
+def sass_kernels(text: str) -> dict[str, list[Block]]:
+    """The same of every kernel, by its (mangled) name."""
+    kernels: dict[str, list[Line]] = {}
+    lines: list[Line] | None = None
     for line in text.splitlines():
         if section := SECTION.match(line):
-            inside = section[1].startswith(".text.")
-        elif inside and (label := LABEL.match(line)):
+            is_code = section[1].startswith(FUNCTION)
+            lines = kernels.setdefault(section[1].removeprefix(FUNCTION), []) if is_code else None
+        elif lines is not None and (label := LABEL.match(line)):
             lines.append(label[1])
-        elif inside and (match := SASS_LINE.match(line)):
+        elif lines is not None and (match := SASS_LINE.match(line)):
             guard, opcode, operands = match.groups()
             instruction = Instruction(opcode, operands)
-            jump, falls = None, True
+            jumps, falls = (), True
             if instruction.stem in ("BRA", "JMP", "CALL"):  # ptxas also leaves loops by CALL
-                jump = target[1] if (target := TARGET.search(operands)) else None
+                jumps = tuple(TARGET.findall(operands))
                 # BRA.U UP0, `(.L_x_0): the condition can stand among the operands
-                falls = guard is not None or "," in operands or (instruction.stem == "CALL" and jump is None)
+                falls = guard is not None or "," in operands or (instruction.stem == "CALL" and not jumps)
             elif instruction.stem in ("EXIT", "RET"):
                 falls = guard is not None
-            elif instruction.stem in ("BRX", "JMX"):
-                raise ValueError(f"assembly: an indirect branch, {opcode} {operands}: its loops cannot be found")
-            lines.append(("", instruction, jump, falls))
-    return _blocks(lines)
+            elif instruction.stem in ("BRX", "JMX"):  # a table of a switch, if nvdisasm can tell
+                jumps, falls = tuple(TARGET.findall(operands)), guard is not None
+                if not jumps:
+                    raise ValueError(f"assembly: an indirect branch, {opcode} {operands}: its loops cannot be found")
+            lines.append((instruction, jumps, falls))
+    return {name: _blocks(lines) for name, lines in kernels.items()}
 
 
 def amd_blocks(text: str) -> list[Block]:
     """The basic blocks of the one kernel in LLVM's assembly."""
-    lines: list[tuple[str, Instruction, str | None, bool] | str] = []
+    lines: list[Line] = []
     for line in text.splitlines():
         if line.strip().startswith(".Lfunc_end"):
             break
@@ -114,13 +130,12 @@ def amd_blocks(text: str) -> list[Block]:
             instruction = Instruction(match[1], match[2].strip())
             branches = instruction.stem.startswith(("s_branch", "s_cbranch"))
             falls = instruction.stem not in ("s_branch", "s_endpgm", "s_setpc_b64")
-            lines.append(("", instruction, instruction.operands if branches else None, falls))
+            lines.append((instruction, (instruction.operands,) if branches else (), falls))
     return _blocks(lines)
 
 
-def _blocks(lines: Iterable[tuple[str, Instruction, str | None, bool] | str]) -> list[Block]:
-    """lines: labels, and instructions as ("", instruction, label it can jump to, whether the next one can follow)."""
-    blocks, starts, jumps = [Block()], {}, []
+def _blocks(lines: Iterable[Line]) -> list[Block]:
+    blocks, starts, found = [Block()], {}, []
     for line in lines:
         if isinstance(line, str):
             if blocks[-1].instructions:
@@ -128,15 +143,14 @@ def _blocks(lines: Iterable[tuple[str, Instruction, str | None, bool] | str]) ->
                 blocks.append(Block())
             starts[line] = len(blocks) - 1
             continue
-        _, instruction, jump, falls = line
+        instruction, jumps, falls = line
         blocks[-1].instructions.append(instruction)
-        if jump is not None:
-            jumps.append((len(blocks) - 1, jump))
-        if jump is not None or not falls:
+        found += [(len(blocks) - 1, jump) for jump in jumps]
+        if jumps or not falls:
             if falls:
                 blocks[-1].successors.append(len(blocks))
             blocks.append(Block())
-    for block, label in jumps:
+    for block, label in found:
         if label in starts:
             blocks[block].successors.append(starts[label])
     for block in blocks:
@@ -145,7 +159,12 @@ def _blocks(lines: Iterable[tuple[str, Instruction, str | None, bool] | str]) ->
 
 
 def loops(blocks: list[Block]) -> list[frozenset[int]]:
-    """The natural loops, as sets of blocks; those with one header are one loop.
+    """The natural loops, as sets of blocks; those with one header are one loop."""
+    return list(loops_by_header(blocks).values())
+
+
+def loops_by_header(blocks: list[Block]) -> dict[int, frozenset[int]]:
+    """The same, by the block that every pass begins with.
 
     By dominators, not by the order of addresses: ptxas moves rarely run parts of a loop to the end of the kernel.
     """
@@ -180,7 +199,7 @@ def loops(blocks: list[Block]) -> list[frozenset[int]]:
                 if inner not in body:
                     body.add(inner)
                     stack.extend(before[inner])
-    return [frozenset(bodies[header]) for header in sorted(bodies)]
+    return {header: frozenset(bodies[header]) for header in sorted(bodies)}
 
 
 def product_loops(blocks: list[Block]) -> list[list[Instruction]]:
@@ -196,3 +215,39 @@ def product_loops(blocks: list[Block]) -> list[list[Instruction]]:
     found = [body for body in loops(blocks) if multiplies(body)]
     innermost = [body for body in found if not any(other < body for other in found)]
     return [[i for b in sorted(body) for i in blocks[b].instructions] for body in innermost]
+
+
+def shortest_pass(
+    blocks: list[Block], header: int, body: frozenset[int], wanted: Mapping[str, int]
+) -> list[Instruction] | None:
+    """The fewest instructions once round a loop, with at least so many of some opcodes; None if there is no such way.
+
+    What a pass is most of the time: other ways are for what is rare, such as the step to the next task.
+
+    wanted: patterns that match whole opcodes, and how often
+    """
+    patterns, most = [re.compile(pattern) for pattern in wanted], tuple(wanted.values())
+    counts = {
+        b: [sum(p.fullmatch(i.opcode) is not None for i in blocks[b].instructions) for p in patterns] for b in body
+    }
+    # Dijkstra's search; what has been counted on the way is part of a place.
+    start = (header, tuple(map(min, counts[header], most)))
+    lengths, before = {start: len(blocks[header].instructions)}, {start: start}
+    waiting = [(lengths[start], start)]
+    while waiting:
+        length, place = heappop(waiting)
+        if length > lengths[place]:
+            continue
+        b, found = place
+        if found == most and header in blocks[b].successors:
+            way = [place]
+            while way[-1] != start:
+                way.append(before[way[-1]])
+            return [i for b, _ in reversed(way) for i in blocks[b].instructions]
+        for s in body.intersection(blocks[b].successors) - {header}:
+            there = (s, tuple(map(min, map(add, found, counts[s]), most)))
+            further = length + len(blocks[s].instructions)
+            if further < lengths.get(there, further + 1):
+                lengths[there], before[there] = further, place
+                heappush(waiting, (further, there))
+    return None

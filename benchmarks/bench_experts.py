@@ -2,7 +2,7 @@
 
     python benchmarks/bench_experts.py --shape olmoe mixtral --tokens 1 4 16 64 512 --form dense lowrank block bitmap \\
         --retain 0.25 --backend cpu --peers auto --csv FILE --plot FILE
-    python benchmarks/bench_experts.py --backend triton --csv FILE    # on a GPU
+    python benchmarks/bench_experts.py --backend triton --csv FILE    # on a GPU; or cuda, up to 16 tokens
     python benchmarks/bench_experts.py --model H100                   # a projection; needs no GPU, measures nothing
 
 What is timed, and how, is in benchmarks/README.md. Weights are random: speed is measured here, never quality.
@@ -47,6 +47,7 @@ import resmoe_kernels as rk
 from resmoe_kernels import FactoredExperts
 
 TOKENS = (1, 4, 16, 64, 512, 2048)
+ON_A_GPU = ("triton", "cuda")
 COLUMNS = (
     "shape", "tokens", "implementation", "form", "backend", "isa", "retain", "threads", "copies", "rounds",
     "experts_hit", "p20_ms", "p50_ms", "p80_ms", "mbytes", "gflop", "gb_per_s", "gflop_per_s", "fastest_peer",
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--retain", type=float, default=0.25)
-    parser.add_argument("--backend", choices=("auto", "reference", "cpu", "triton"), default="auto")
+    parser.add_argument("--backend", choices=("auto", "reference", "cpu", *ON_A_GPU), default="auto")
     parser.add_argument("--peers", choices=("auto", "none"), default="auto", help="auto: every one that runs here")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=20, help="time for one shape and number of tokens")
@@ -82,13 +83,14 @@ def main() -> None:
         shapes = [SHAPES[name] for name in arguments.shape]
         projection.show(console, arguments.model, shapes, arguments.form, arguments.tokens, arguments.retain)
         return
-    if arguments.backend == "triton" and not torch.cuda.is_available():
-        parser.error("--backend triton times a GPU, and torch finds none; --model H100 prints a projection without one")
+    if arguments.backend in ON_A_GPU and not torch.cuda.is_available():
+        sentence = "times a GPU, and torch finds none; --model H100 prints a projection without one"
+        parser.error(f"--backend {arguments.backend} {sentence}")
     if arguments.backend not in ("auto", *rk.backends()):
         parser.error(f"--backend {arguments.backend} is not there; there are {', '.join(rk.backends())}")
 
     torch.set_grad_enabled(False)
-    place = this_gpu() if arguments.backend == "triton" else this_cpu(arguments.threads)
+    place = this_gpu() if arguments.backend in ON_A_GPU else this_cpu(arguments.threads)
     machine = place.machine
     console.print(
         f"{place.name}, DRAM read {machine.read_gb_per_s:.1f} GB/s, bfloat16 peak "

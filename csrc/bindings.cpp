@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cuda/decode_call.h"
 #ifdef RESMOE_CUDA
 #include <dlfcn.h>
 
@@ -256,15 +257,44 @@ ScalarType scalar_type_of(Dtype dtype) {
                                    : ScalarType::Float;
 }
 
+// The arguments of an op one by one. For ops with the weight form's, which TORCH_BOX would have listed once
+// more for each. All must be taken before anything throws: who does not take a tensor leaks it.
+class Arguments {
+ public:
+  explicit Arguments(const StableIValue* stack) : next_(stack) {}
+
+  template <typename T>
+  T take() {
+    return torch::stable::detail::to<T>(*next_++);
+  }
+  OptionalTensor tensor() { return take<OptionalTensor>(); }
+
+ private:
+  const StableIValue* next_;
+};
+
+template <Tensor (*op)(Arguments&), uint64_t count>
+void boxed(StableIValue* stack, uint64_t num_args, uint64_t) {
+  STD_TORCH_CHECK(num_args == count, "the schema has ", num_args, " arguments, the kernel ", count);
+  Arguments arguments(stack);
+  stack[0] = torch::stable::detail::from(op(arguments));
+}
+
 // The weight form as the arguments of an op, in their order.
 struct FormArguments {
-  OptionalTensor group, base_gate_up, base_down, u_gate_up, v_gate_up, rank_offsets_gate_up, u_down, v_down,
-      rank_offsets_down, mask_gate_up, values_gate_up, row_offsets_gate_up, mask_down, values_down,
-      row_offsets_down, bias_gate_up, bias_down;
-  int64_t num_experts, hidden_size, intermediate_size;
-  bool gated;
-  StringHandle factorization;
+  Arguments& next;
+  OptionalTensor group = next.tensor(), base_gate_up = next.tensor(), base_down = next.tensor(),
+                 u_gate_up = next.tensor(), v_gate_up = next.tensor(), rank_offsets_gate_up = next.tensor(),
+                 u_down = next.tensor(), v_down = next.tensor(), rank_offsets_down = next.tensor(),
+                 mask_gate_up = next.tensor(), values_gate_up = next.tensor(),
+                 row_offsets_gate_up = next.tensor(), mask_down = next.tensor(), values_down = next.tensor(),
+                 row_offsets_down = next.tensor(), bias_gate_up = next.tensor(), bias_down = next.tensor();
+  int64_t num_experts = next.take<int64_t>(), hidden_size = next.take<int64_t>(),
+          intermediate_size = next.take<int64_t>();
+  bool gated = next.take<bool>();
+  StringHandle factorization = next.take<StringHandle>();
 };
+constexpr uint64_t kFormArguments = 17 + 3 + 1 + 1;
 
 // The same as addresses. Refuses arguments that do not fit each other, or a GPU's kernels.
 Factored<const void> form_of(const char* op, const FormArguments& a,
@@ -333,35 +363,8 @@ Factored<const void> form_of(const char* op, const FormArguments& a,
   return from;
 }
 
-Tensor pack(OptionalTensor group, OptionalTensor base_gate_up, OptionalTensor base_down,
-            OptionalTensor u_gate_up, OptionalTensor v_gate_up, OptionalTensor rank_offsets_gate_up,
-            OptionalTensor u_down, OptionalTensor v_down, OptionalTensor rank_offsets_down,
-            OptionalTensor mask_gate_up, OptionalTensor values_gate_up, OptionalTensor row_offsets_gate_up,
-            OptionalTensor mask_down, OptionalTensor values_down, OptionalTensor row_offsets_down,
-            OptionalTensor bias_gate_up, OptionalTensor bias_down, int64_t num_experts, int64_t hidden_size,
-            int64_t intermediate_size, bool gated, StringHandle factorization) {
-  const Factored<const void> from = form_of("pack", {group,
-                                                     base_gate_up,
-                                                     base_down,
-                                                     u_gate_up,
-                                                     v_gate_up,
-                                                     rank_offsets_gate_up,
-                                                     u_down,
-                                                     v_down,
-                                                     rank_offsets_down,
-                                                     mask_gate_up,
-                                                     values_gate_up,
-                                                     row_offsets_gate_up,
-                                                     mask_down,
-                                                     values_down,
-                                                     row_offsets_down,
-                                                     bias_gate_up,
-                                                     bias_down,
-                                                     num_experts,
-                                                     hidden_size,
-                                                     intermediate_size,
-                                                     gated,
-                                                     factorization});
+Tensor pack(Arguments& arguments) {
+  const Factored<const void> from = form_of("pack", FormArguments{arguments});
 
   // A tensor of its own, so the allocator's 64 bytes are its alignment.
   const Tensor packed = torch::stable::empty({resmoe::packed_bytes(from)}, ScalarType::Byte);
@@ -567,47 +570,23 @@ struct BlockSparseDecode {
   }
 };
 
+constexpr uint64_t kDecodeArguments = 3 + kFormArguments + 1;
+
 template <typename Decode>
-Tensor decode(Tensor x, Tensor top_k_index, Tensor top_k_weights, OptionalTensor group,
-              OptionalTensor base_gate_up, OptionalTensor base_down, OptionalTensor u_gate_up,
-              OptionalTensor v_gate_up, OptionalTensor rank_offsets_gate_up, OptionalTensor u_down,
-              OptionalTensor v_down, OptionalTensor rank_offsets_down, OptionalTensor mask_gate_up,
-              OptionalTensor values_gate_up, OptionalTensor row_offsets_gate_up, OptionalTensor mask_down,
-              OptionalTensor values_down, OptionalTensor row_offsets_down, OptionalTensor bias_gate_up,
-              OptionalTensor bias_down, int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
-              bool gated, StringHandle factorization, StringHandle activation_handle) {
+Tensor decode(Arguments& arguments) {
   constexpr const char* op = Decode::op;
-  const std::string activation = taken(activation_handle);
+  auto x = arguments.take<Tensor>(), top_k_index = arguments.take<Tensor>(),
+       top_k_weights = arguments.take<Tensor>();
+  const FormArguments weights{arguments};
+  const std::string activation = taken(arguments.take<StringHandle>());
+  const bool has_bias = weights.bias_gate_up || weights.bias_down;
   const int32_t gpu = x.get_device_index();
-  const Factored<const void> form = form_of(op,
-                                            {group,
-                                             base_gate_up,
-                                             base_down,
-                                             u_gate_up,
-                                             v_gate_up,
-                                             rank_offsets_gate_up,
-                                             u_down,
-                                             v_down,
-                                             rank_offsets_down,
-                                             mask_gate_up,
-                                             values_gate_up,
-                                             row_offsets_gate_up,
-                                             mask_down,
-                                             values_down,
-                                             row_offsets_down,
-                                             bias_gate_up,
-                                             bias_down,
-                                             num_experts,
-                                             hidden_size,
-                                             intermediate_size,
-                                             gated,
-                                             factorization},
-                                            gpu);
-  if (form.groups > 1 || bias_gate_up || bias_down || Decode::has_other_parts(form.gate_up) ||
+  const Factored<const void> form = form_of(op, weights, gpu);
+  if (form.groups > 1 || has_bias || Decode::has_other_parts(form.gate_up) ||
       Decode::has_other_parts(form.down))
     refuse(
         op, ": weights must be at most one base and ", Decode::serves, ", got ", form.groups, " bases",
-        bias_gate_up || bias_down ? ", biases" : "",
+        has_bias ? ", biases" : "",
         Decode::has_other_parts(form.gate_up) || Decode::has_other_parts(form.down) ? ", other parts" : "");
   const ScalarType dtype = x.scalar_type();
   if (x.dim() != 2 || x.size(1) != form.hidden || dtype == ScalarType::Float ||
@@ -670,23 +649,29 @@ std::string cpu_isa() { return resmoe::name(resmoe::chosen()); }
 
 std::string build_info() { return RESMOE_BUILT; }  // a sentence: setup.py says it
 
+// T, pairs and E up to which the CUDA kernels serve a call, whether they are built or not.
+std::vector<int64_t> decode_limits() {
+  return {resmoe::cuda::kMaxTokens, resmoe::cuda::kMaxPairs, resmoe::cuda::kMaxExperts};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(resmoe, CPU, m) {
   m.impl("expand_sparse", TORCH_BOX(&expand_sparse));
-  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("pack", &boxed<pack, kFormArguments>);
   m.impl("unpack", TORCH_BOX(&unpack));
   m.impl("experts_packed", TORCH_BOX(&experts_packed));
 }
 
 #ifdef RESMOE_CUDA
 STABLE_TORCH_LIBRARY_IMPL(resmoe, CUDA, m) {
-  m.impl(LowRankDecode::op, TORCH_BOX(&decode<LowRankDecode>));
-  m.impl(BlockSparseDecode::op, TORCH_BOX(&decode<BlockSparseDecode>));
+  m.impl(LowRankDecode::op, &boxed<decode<LowRankDecode>, kDecodeArguments>);
+  m.impl(BlockSparseDecode::op, &boxed<decode<BlockSparseDecode>, kDecodeArguments>);
 }
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(resmoe, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("build_info", TORCH_BOX(&build_info));
+  m.impl("decode_limits", TORCH_BOX(&decode_limits));
 }

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from resmoe_kernels.factored import MATRICES, SIZE_NAMES, TENSOR_NAMES, FactoredExperts
 from resmoe_kernels.ops import declines_call
 
-MOST_TOKENS = 16  # of one call, as csrc/cuda/low_rank_decode.h says
-MOST_PAIRS = 256
-MOST_EXPERTS = 1024
 ALIGNMENT = 16  # bytes: what one load of a weight reads
 
 
@@ -30,11 +29,18 @@ def experts(
     return op(*call, *tensors, *sizes, activation)
 
 
+@cache
+def limits() -> tuple[int, int, int]:
+    """T, pairs T·top_k and E up to which the kernels serve a call; needs the extension, whatever it was built with."""
+    tokens, pairs, experts = torch.ops.resmoe.decode_limits()
+    return tokens, pairs, experts
+
+
 def declines(x: Tensor, top_k_index: Tensor, weights: FactoredExperts, activation: str) -> str | None:
     """What of a call the CUDA kernels do not serve, None if they serve it all. Reads no contents."""
-    tokens, pairs = x.shape[0], top_k_index.numel()
-    if not 0 < tokens <= MOST_TOKENS or not 0 < pairs <= MOST_PAIRS:
-        return f"{tokens} tokens of {top_k_index.shape[1]} slots (1 to {MOST_TOKENS}, {MOST_PAIRS} pairs)"
+    tokens, pairs, (most_tokens, most_pairs, _) = x.shape[0], top_k_index.numel(), limits()
+    if not 0 < tokens <= most_tokens or not 0 < pairs <= most_pairs:
+        return f"{tokens} tokens of {top_k_index.shape[1]} slots (1 to {most_tokens}, {most_pairs} pairs)"
     for name, tensor in weights.tensors().items():
         if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT:
             return f"{name} that does not begin at a multiple of {ALIGNMENT} bytes"
@@ -63,8 +69,8 @@ def declines_layer(weights: FactoredExperts, dtype: torch.dtype, activation: str
     least = 32 if any(sparse) else 16
     if weights.hidden_size % 32 or weights.intermediate_size % least:
         return f"H = {weights.hidden_size}, I = {weights.intermediate_size} (multiples of 32 and {least})"
-    if weights.num_experts > MOST_EXPERTS:
-        return f"{weights.num_experts} experts (at most {MOST_EXPERTS})"
+    if weights.num_experts > (most_experts := limits()[2]):
+        return f"{weights.num_experts} experts (at most {most_experts})"
     return declines_call(dtype, activation)
 
 

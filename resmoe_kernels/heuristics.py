@@ -1,4 +1,4 @@
-"""Tile sizes of the Triton kernels: what was measured on a GPU where there is such a table, else reasoned defaults.
+"""Which kernels take a call, and tile sizes of Triton's: measured on a GPU where there is such a table, else reasoned.
 
 No kernel, no torch and no GPU is needed here: a choice is a function of numbers. ``tuned/<target>.json`` is written by
 ``benchmarks/tune.py``; no such file is shipped before it was measured.
@@ -93,16 +93,50 @@ PER_UNIT = 2  # programs wanted on a unit: one starts, or adds up, while another
 PARTIALS = 32  # splits are limited so that partial sums, written and read, are at most a 32nd of the weights read
 
 
-# The most tokens of a call that the persistent CUDA kernel gets where Triton could serve it as well. By the accounts it
-# gains while four launches, 8 microseconds, are a large part of a call: up to 8 tokens of fine-grained experts. But its
-# blocks wait for each other through flags in memory, so a fault would hang a GPU instead of failing, and no GPU has run
-# it: until one has, it serves those who ask for it by name, backend("cuda") or RESMOE_BACKEND=cuda.
-CUDA_TOKENS = 0
+# ---- which kernels
+
+
+@dataclass(frozen=True)
+class Row:
+    """Calls of up to so many tokens go to the persistent ``cuda`` kernel unasked, and all others to ``triton``."""
+
+    tokens: int
+    reason: str
+
+
+# What the persistent kernels can gain is launches: two, one of which clears their flags, where Triton needs four: in
+# benchmarks/projection.py 2 to 3 of the 15 to 70 microseconds of fine-grained experts. But their blocks wait for each
+# other through flags in memory, so a fault hangs a GPU instead of failing. A row is raised when its kernel has passed
+# `pytest -m gpu` on its target and was faster there (bench_experts.py, --backend cuda beside triton). Reasons say what
+# is projected for an H100 at the shapes of Mixtral, DeepSeek-V2-Lite, Qwen3 and OLMoE; that is no measurement.
+UNTRIED = "no GPU has run it, and a fault would hang one"
+CUDA_UP_TO = {
+    # target, form
+    ("sm_80", "low-rank"): Row(0, UNTRIED),
+    ("sm_80", "block-sparse"): Row(0, UNTRIED),
+    ("sm_89", "low-rank"): Row(0, UNTRIED),
+    ("sm_89", "block-sparse"): Row(0, UNTRIED),
+    ("sm_90", "low-rank"): Row(0, f"{UNTRIED}; projected ahead of triton up to 16 tokens"),
+    ("sm_90", "block-sparse"): Row(0, f"{UNTRIED}; projected ahead of triton up to 2 tokens"),
+    ("sm_100", "low-rank"): Row(0, UNTRIED),
+    ("sm_100", "block-sparse"): Row(0, UNTRIED),
+}
+
+
+def cuda_up_to(target: str, sparse: bool) -> Row:
+    """The row of a layer whose form the CUDA kernels serve, on a GPU that they run on; no tokens where none is listed.
+
+    target: ``sm_90``;  sparse: whether it has a sparse residual
+    """
+    return CUDA_UP_TO.get((target, "block-sparse" if sparse else "low-rank"), Row(0, UNTRIED))
 
 
 def decodes(problem: Problem, target: str) -> bool:
     """Whether the decode kernels take a call; they keep all of its tokens in one tile."""
     return problem.tokens <= 64
+
+
+# ---- which tiles
 
 
 @lru_cache(4096)

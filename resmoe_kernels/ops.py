@@ -20,6 +20,7 @@ from torch import Tensor
 
 from resmoe_kernels.activations import POINTWISE, check_activation
 from resmoe_kernels.factored import SIZE_NAMES, TENSOR_NAMES, FactoredExperts
+from resmoe_kernels.heuristics import cuda_up_to
 from resmoe_kernels.sparse import BLOCK, expand_sparse_reference
 
 if TYPE_CHECKING:
@@ -139,9 +140,8 @@ def explain(weights: FactoredExperts | PackedExperts | torch.nn.Module, activati
         refused = "refused" if _forced == backend else "reference"
         runs = f"{refused} (the {backend} kernels do not serve {reason})"
     elif backend in _BACKENDS_OF["cuda"]:
-        from resmoe_kernels.launch_triton import target_of
-
-        return f"resmoe::experts on {device}: {backend} ({target_of(next(iter(form.tensors().values())).device)})"
+        where = next(iter(form.tensors().values())).device
+        return f"resmoe::experts on {device}: {_explain_gpu(backend, form, activation, where)}"
     else:
         anew = "" if packed else "; packed anew for every call, PackedExperts.pack does it once"
         return f"resmoe::experts on {device}: cpu ({cpu_isa()}{anew})"
@@ -150,6 +150,30 @@ def explain(weights: FactoredExperts | PackedExperts | torch.nn.Module, activati
         compiled = device == "cpu" and _has_cpu_kernel("expand_sparse") and _forced != "reference"
         lines.append(f"resmoe::expand_sparse on {device}: {'cpu' if compiled else runs}")
     return "\n".join(lines)
+
+
+def _explain_gpu(backend: str, form: FactoredExperts, activation: str, device: torch.device) -> str:
+    """The backend that serves a layer, its target, and where both were free to take it, what decides."""
+    if backend == "cuda":
+        return f"cuda ({_sm_of(device)})"
+    from resmoe_kernels.launch_triton import target_of
+
+    if _forced is not None or device.type != "cuda":
+        return f"triton ({target_of(device)})"
+    if (missing := _missing("cuda")) is not None:
+        return f"triton ({target_of(device)}; no cuda: {missing})"
+    if (reason := _declines("cuda", form, activation, "cuda", packed=False)) is not None:
+        return f"triton ({target_of(device)}; the cuda kernels do not serve {reason})"
+    row = cuda_up_to(_sm_of(device), form.mask_down is not None)
+    if row.tokens == 0:
+        return f"triton ({target_of(device)}; cuda where it is asked for: {row.reason})"
+    return f"cuda up to {row.tokens} tokens, triton beyond ({target_of(device)}; {row.reason})"
+
+
+def _sm_of(device: torch.device) -> str:
+    """``sm_90``"""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def _declines(backend: str, form: FactoredExperts, activation: str, device: str, packed: bool) -> str | None:
@@ -177,6 +201,7 @@ def _elsewhere(device: str, packed: bool) -> str | None:
 
 _lib.define("cpu_isa() -> str")
 _lib.define("build_info() -> str")
+_lib.define("decode_limits() -> int[]")  # see experts_cuda.limits
 
 
 def cpu_isa() -> str:
@@ -526,7 +551,7 @@ for _name in ("low_rank_decode", "block_sparse_decode"):  # one form each, few t
 
 
 def _experts_on_gpu(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest) -> Tensor:
-    """``resmoe::experts`` by the CUDA kernel where it is asked for or ``heuristics.CUDA_TOKENS`` says so, else by the
+    """``resmoe::experts`` by the CUDA kernel where it is asked for or ``heuristics.CUDA_UP_TO`` says so, else by the
     Triton kernels."""
     *flat, activation = rest
     weights = _unflatten(flat)
@@ -552,11 +577,10 @@ def _experts_on_gpu(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest
 def _takes_cuda(x: Tensor, top_k_index: Tensor, weights: FactoredExperts, activation: str) -> bool:
     if _forced not in (None, "cuda") or 0 in top_k_index.shape or not x.is_cuda or _missing("cuda") is not None:
         return False
-    from resmoe_kernels.experts_cuda import declines
-    from resmoe_kernels.heuristics import CUDA_TOKENS
-
-    if _forced is None and x.shape[0] > CUDA_TOKENS:
+    if _forced is None and x.shape[0] > cuda_up_to(_sm_of(x.device), weights.mask_down is not None).tokens:
         return False
+    from resmoe_kernels.experts_cuda import declines
+
     reason = declines(x, top_k_index, weights, activation)
     if reason is not None:
         _refuse_if_forced("cuda", reason)

@@ -13,20 +13,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import NamedTuple
+
+import mutation
+from mutation import Fault
 
 REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / "resmoe_kernels"
 TESTS = [f"tests/test_{name}.py" for name in ("triton_routing", "triton_shapes", "triton_calls", "experts")]
-
-
-class Fault(NamedTuple):
-    name: str
-    file: str
-    old: str
-    new: str
 
 
 def _faults(file: str, **faults: tuple[str, str]) -> list[Fault]:
@@ -116,14 +110,7 @@ FAULTS = [
 
 
 def planted(fault: Fault) -> str:
-    """The kernel file with the fault; fails if the place it is for has changed."""
-    text = (PACKAGE / fault.file).read_text()
-    if text.count(fault.old) != 1:
-        raise SystemExit(
-            f"{fault.name}: {fault.file} has {text.count(fault.old)} places like {fault.old!r}, not one; "
-            "bring tests/mutate_triton.py up to date"
-        )
-    return text.replace(fault.old, fault.new)
+    return mutation.planted(fault, PACKAGE, "tests/mutate_triton.py")
 
 
 def first_failure(folder: Path, tests: list[str]) -> str | None:
@@ -145,35 +132,16 @@ def first_failure(folder: Path, tests: list[str]) -> str | None:
 
 
 def survivors(faults: list[Fault], tests: list[str]) -> list[str]:
-    """Names of the faults that no test notices; prints each result."""
-    surviving = []
+    """Names of the faults that none of the tests notices; prints each result."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
-        shutil.copytree(PACKAGE, folder / "resmoe_kernels", ignore=shutil.ignore_patterns("__pycache__"))
-        if (failure := first_failure(folder, tests)) is not None:
-            raise SystemExit(f"without any fault there is a failure: {failure}")
-        for fault in faults:
-            file = folder / "resmoe_kernels" / fault.file
-            file.write_text(planted(fault))
-            began = time.monotonic()
-            failure = first_failure(folder, tests)
-            shutil.copy(PACKAGE / fault.file, file)
-            surviving += [fault.name] if failure is None else []
-            outcome = "SURVIVED" if failure is None else f"caught by {failure}"
-            print(f"{fault.name} ({fault.file}, {time.monotonic() - began:.0f} s): {outcome}", flush=True)
-    return surviving
+        copy = folder / "resmoe_kernels"
+        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        return mutation.survivors(faults, planted, PACKAGE, copy, lambda fault: first_failure(folder, tests))
 
 
 def main(names: list[str]) -> None:
-    by_name = {fault.name: fault for fault in FAULTS}
-    for name in names:
-        if name not in by_name:
-            raise SystemExit(f"{name!r} is no fault; there are {', '.join(by_name)}")
-    chosen = [by_name[name] for name in names] or FAULTS
-    surviving = survivors(chosen, TESTS)
-    print(f"{len(chosen) - len(surviving)} of {len(chosen)} faults caught")
-    if surviving:
-        raise SystemExit(f"survived: {', '.join(surviving)}")
+    mutation.run(names, FAULTS, lambda chosen: survivors(chosen, TESTS))
 
 
 if __name__ == "__main__":

@@ -119,9 +119,58 @@ def test_multiply_adds_beside_tensor_cores_make_no_loop_of_products():
     assert assembly.product_loops(assembly.sass_blocks(sass(*lines, "HMMA.16816.F32 R0", "EXIT"))) == []
 
 
-def test_an_indirect_branch_is_refused():
+def test_an_indirect_branch_goes_where_its_table_says():
+    """The two ways of a switch meet again in front of the loop's end."""
+    blocks = assembly.sass_blocks(
+        sass(
+            ".L_x_0:", 'BRX R2 -0x10 (*"BRANCH_TARGETS .L_x_1,.L_x_2"*)',
+            ".L_x_1:", "HMMA.16816.F32 R0", "BRA `(.L_x_3)",
+            ".L_x_2:", "FFMA R1, R1, R1, R1",
+            ".L_x_3:", "@P0 BRA `(.L_x_0)", "EXIT",
+        )
+    )  # fmt: skip
+    (loop,) = assembly.product_loops(blocks)
+    assert [i.stem for i in loop] == ["BRX", "HMMA", "BRA", "FFMA", "BRA"]
+
+
+def test_an_indirect_branch_without_a_table_is_refused():
     with pytest.raises(ValueError, match="assembly: an indirect branch, BRX R2"):
         assembly.sass_blocks(sass("BRX R2 -0x10", "EXIT"))
+
+
+def test_every_kernel_of_a_listing():
+    two = sass(".L_x_0:", "EXIT") + "\n" + sass("NOP", "EXIT").replace(".text.kernel", ".text.other")
+    found = assembly.sass_kernels(two)
+    assert {name: [i.stem for b in blocks for i in b.instructions] for name, blocks in found.items()} == {
+        "kernel": ["EXIT"],
+        "other": ["NOP", "EXIT"],
+    }
+
+
+PASSES = (
+    ".L_x_0:", "LDS.128 R0, [R1]", "@P0 BRA `(.L_x_3)",
+    ".L_x_1:", "IADD3 R1, R1, R1, R1", "@P1 BRA `(.L_x_1)", "IADD3 R1, R1, R1, R1", "LDGSTS.E.BYPASS.128 [R3], [R4]",
+    ".L_x_2:", "HMMA.16816.F32 R0", "@P2 BRA `(.L_x_0)", "EXIT",
+    ".L_x_3:", "LDG.E.64 R6, [R7]", "BRA `(.L_x_2)",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wanted, stems",
+    [
+        ({}, "LDS BRA LDG BRA HMMA BRA"),
+        ({r"LDGSTS\..*": 1}, "LDS BRA IADD3 BRA IADD3 LDGSTS HMMA BRA"),
+        ({r"LDGSTS\..*": 1, "IADD3": 3}, "LDS BRA IADD3 BRA IADD3 BRA IADD3 LDGSTS HMMA BRA"),  # twice round the inner
+        ({"LDS": 1}, None),  # of 32 bits
+        ({r"LDS\.128": 2}, None),  # in two passes, not in one
+        ({r"LDGSTS\..*": 1, r"LDG\..*": 1}, None),
+    ],
+)
+def test_the_shortest_pass(wanted, stems):
+    blocks = assembly.sass_blocks(sass(*PASSES))
+    header, body = max(assembly.loops_by_header(blocks).items(), key=lambda pair: len(pair[1]))
+    found = assembly.shortest_pass(blocks, header, body, wanted)
+    assert found is None if stems is None else [i.stem for i in found] == stems.split()
 
 
 def test_loops_of_amd():

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from resmoe_kernels import heuristics
 from resmoe_kernels.sparse import popcount
 
 REPO = Path(__file__).resolve().parents[1]
@@ -22,10 +23,12 @@ sys.path.insert(0, str(REPO / "benchmarks"))
 
 import bench_experts  # noqa: E402
 import bench_model  # noqa: E402
+import cubin_report  # noqa: E402
 import measure  # noqa: E402
 import measure_gpu  # noqa: E402
 import peers  # noqa: E402
 import peers_gpu  # noqa: E402
+import persistent  # noqa: E402
 import plot  # noqa: E402
 import projection  # noqa: E402
 import shapes  # noqa: E402
@@ -132,6 +135,7 @@ def test_the_picture_is_drawn_and_missing_peers_are_told(with_peers):
             ("--backend", "triton"),
             "--backend triton times a GPU, and torch finds none; --model H100 prints a projection",
         ),
+        (("--backend", "cuda"), "--backend cuda times a GPU, and torch finds none"),
     ],
 )
 def test_bad_arguments_are_refused(tmp_path, monkeypatch, capsys, arguments, message):
@@ -441,8 +445,9 @@ def test_a_projection_is_called_one_and_writes_nothing(tmp_path, monkeypatch, ca
     bench_experts.main()
     output = capsys.readouterr().out
     assert output.startswith("projection, not measured: H100 by its data sheet, 3350 GB/s and 990 TFLOP/s")
-    assert output.count("projection, not measured") == 2  # above the table too
-    assert output.count("switch32") == 8 and not list(tmp_path.iterdir())
+    assert output.count("projection, not measured") == 3  # above both tables too
+    assert output.count("switch32") == 8 + 2 and not list(tmp_path.iterdir())  # and twice on one persistent kernel
+    assert "2 launches, 0.7 us assumed for every hand-off between phases, 1.755 GHz" in output
 
 
 def test_projections_by_hand():
@@ -460,6 +465,97 @@ def test_projections_by_hand():
     assert many.ideal == pytest.approx(2 * 2048 * 8 * shape.expert_parameters / 990e12)  # multiplied as dense
     assert many.dense == pytest.approx(64 * expert / 3350e9)  # reading all experts takes longer
     assert many.seconds > many.ideal + many.launches * 2e-6 and many.launches == 6
+
+
+def test_projections_of_persistent_kernels_by_hand():
+    """OLMoE at one token: H 2048, I 1024, 8 experts of ranks 256 or 272 and 160 or 176."""
+    pytest.importorskip("triton")
+    shape, model = shapes.SHAPES["olmoe"], projection.MODELS["H100"]
+    counted = persistent.passes("sm_90")
+    one = projection.project_persistent(model, shape, "lowrank", 1, 0.25)
+    weights = shapes.layer_sizes(shape, "lowrank", 0.25)
+    ranks = sum(weights.ranks("gate_up")) / 64, sum(weights.ranks("down")) / 64
+    assert one.waiting == pytest.approx(2 * 2e-6 + 3 * 0.7e-6)
+    phases = persistent.phases(weights, torch.arange(8)[None], "sm_90")
+    assert [p.nbytes for p in phases] == pytest.approx(
+        [
+            2 * 2048 * (2048 + 8 * ranks[0]),
+            2 * 2048 * 8 * ranks[0],
+            2 * 1024 * (2048 + 8 * ranks[1]),
+            2 * 2048 * 8 * ranks[1],
+        ],
+        rel=0.05,
+    )
+    strips = [sum(-(-r // 16) for r in weights.ranks(m)[:8]) for m in ("gate_up", "down")]
+    assert [p.tasks for p in phases] == [128 + strips[0], 1024 // 16, 128 + strips[1], 2048 // 32]
+    # V, B: 32 chunks of 64 columns, 4 for each warp, so 8 for each scheduler, in two or three rounds of tasks.
+    strip = counted["low_rank_decode", "8", "strip"]
+    bounds = phases[0].bounds(132, 3350, 990e3, 1.755)
+    rounds = -(-(128 + strips[0]) // 132)
+    assert bounds["issue"] == pytest.approx(rounds * 8 * strip.issue / 1.755e9)
+    assert bounds["shared"] == pytest.approx(rounds * 32 * strip.shared / 1.755e9)
+    assert bounds["tensor"] == pytest.approx(rounds * 132 * 32 * 4 * 4096 / 495e12)
+    assert bounds["memory"] == pytest.approx(phases[0].nbytes / 3350e9)
+    # U: an expert for every warp, its 32-rank chunks one after another; half of the GPU's units have a task.
+    chunks = [-(-r // 32) for r in weights.ranks("gate_up")[:8]]
+    busiest = max(chunks[s] + chunks[s + 4] for s in range(4))
+    assert phases[1].bounds(132, 3350, 990e3, 1.755)["issue"] == pytest.approx(
+        busiest * counted["low_rank_decode", "8", "ranks"].issue / 1.755e9
+    )
+    # Experts that are fewer share the warps.
+    few = persistent.phases(weights, torch.tensor([[0, 1, 64]]), "sm_90")[1]
+    assert sorted(len(w) for w in few.warps) == sorted(len(part) for c in chunks[:2] for part in dealt(c, 4))
+    assert one.seconds == pytest.approx(one.waiting + sum(max(b.values()) for b in one.phases.values()))
+
+
+def dealt(count: int, ways: int) -> list[range]:
+    return [range(way, count, ways) for way in range(ways)]
+
+
+def test_projections_of_block_sparse_kernels_by_hand():
+    pytest.importorskip("triton")
+    shape, counted = shapes.SHAPES["qwen3"], persistent.passes("sm_90")
+    weights = shapes.layer_sizes(shape, "block", 0.25)
+    gate_up, down = persistent.phases(weights, torch.arange(8)[None], "sm_90")
+    assert gate_up.nbytes == 2 * 1536 * 2048 + 8 * 1536 * 64 * 20 and down.nbytes == 2 * 2048 * 768 + 8 * 2048 * 24 * 20
+    # Walked: tasks of 4 columns, 8 rows of the base and two times 4 rows of 8 experts, three units for every warp.
+    assert (gate_up.tasks, down.tasks) == (768 // 4, 2048 // 4)
+    base, expert = counted["walk", "2", "base, one token"], counted["walk", "2", "expert, one token"]
+    assert [len(warp) for warp in gate_up.warps] == [4 + 2 * 4] * 8
+    assert gate_up.warps[0] == [base] * 4 + [expert] * 8
+    assert sum(len(warp) for warp in down.warps) == 4 * 2 + 8 * 2  # 768 columns: the second pass is half empty
+    two = persistent.phases(weights, torch.arange(8).repeat(2, 1), "sm_90")[0]
+    assert two.warps[0][-1] == counted["walk", "2", "expert, two tokens"] and two.nbytes == gate_up.nbytes
+    three = persistent.phases(weights, torch.arange(8).repeat(3, 1), "sm_90")
+    assert [p.tasks for p in three] == [1536 // 16, 2048 // 16]
+    base, expert = (counted["scatter", "8", loop] for loop in ("base", "expert"))
+    assert three[0].warps[3] == [base] * 8 + [expert] * 16  # 64 chunks of the base round 8 warps, one expert each
+    assert sum(len(warp) for warp in three[1].warps) == 24 + 8 * 6
+
+
+def test_reasons_of_the_dispatch_table_are_what_is_projected(monkeypatch):
+    """Tokens up to which the persistent kernel is ahead at all four models."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(projection, "DRAWS", 4)
+    model = projection.MODELS["H100"]
+
+    def is_ahead(name: str, form: str, tokens: int) -> bool:
+        call = (model, shapes.SHAPES[name], form, tokens, 0.25)
+        return projection.project_persistent(*call).seconds < projection.project(*call).seconds
+
+    for form, key in (("lowrank", "low-rank"), ("block", "block-sparse")):
+        behind = [t for t in (1, 2, 4, 8, 16) if not all(is_ahead(n, form, t) for n in cubin_report.MODELS)]
+        up_to = behind[0] // 2 if behind else 16
+        reason = heuristics.CUDA_UP_TO["sm_90", key].reason
+        assert reason.endswith(f"; projected ahead of triton up to {up_to} tokens"), (form, behind)
+
+
+def test_what_persistent_kernels_do_not_serve_has_no_projection():
+    pytest.importorskip("triton")
+    model = projection.MODELS["H100"]
+    for name, form, tokens in (("olmoe", "bitmap", 1), ("olmoe", "lowrank", 17), ("olmoe", "dense", 1)):
+        assert projection.project_persistent(model, shapes.SHAPES[name], form, tokens, 0.25) is None
+    assert projection.project_persistent(model, shapes.SHAPES["olmoe"], "lowrank", 16, 0.25) is not None
 
 
 def test_costs_of_a_call_are_those_of_its_routing():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import resmoe_kernels.ops  # noqa: F401  defines the schema and loads the extension
+from resmoe_kernels.experts_cuda import limits
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -55,6 +56,12 @@ def test_the_extension_says_what_was_built():
     built = torch.ops.resmoe.build_info()
     assert re.fullmatch(r"CPU kernels \(portable.*\)( only: .+| and CUDA kernels \(sm_.*; nvcc [0-9.]+\))", built)
     assert torch.ops.resmoe.cpu_isa() in built
+
+
+def test_the_limits_of_the_cuda_kernels_are_told_with_or_without_them(repo):
+    text = (repo / "csrc" / "cuda" / "decode_call.h").read_text()
+    found = re.findall(r"constexpr int32_t kMax(\w+) = (\d+);", text)
+    assert found == list(zip(("Tokens", "Pairs", "Experts"), map(str, limits()), strict=True))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("readelf"), reason="needs readelf")

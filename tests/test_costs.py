@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import sys
 from pathlib import Path
 
@@ -59,6 +60,43 @@ def test_decode_moves_what_the_ideal_moves(name, form, target):
         flops = 2 * 3 * shape.hidden_size * shape.intermediate_size * T
         flops *= 1 + (0.25 if form == "lowrank" else 1) * shape.top_k
         assert sum(cost.flops for cost in costs) == pytest.approx(flops, rel=0.03)
+
+
+def test_what_the_readme_says_of_prefill():
+    """Bytes beyond the ideal and the sum of all launches at their rooflines; clocks that a pass issues for."""
+    results = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+    text = " ".join((results.parent / "README.md").read_text().split("### What Triton's prefill leaves")[1].split())
+
+    def listed(numbers: list[float]) -> str:
+        *first, last = (f"{number:.0f}" for number in numbers)
+        return f"{', '.join(first)} and {last}"
+
+    def of(name: str, T: int) -> tuple[float, float]:
+        shape = shapes.SHAPES[name]
+        weights = shapes.layer_sizes(shape, "lowrank", 0.25)
+        call = problem(weights, T, shape.top_k)
+        costs = layer_costs(weights, Routing.uniform(T, shape.top_k, weights), call, "sm_90")
+        beyond = sum(cost.nbytes for cost in costs) / ideal_bytes(shape, "lowrank", T) - 1
+        return 100 * beyond, sum(max(c.nbytes / 3350e9, c.flops / 990e12) for c in costs) * 1e6
+
+    models = ("mixtral", "dsv2lite", "qwen3", "olmoe")
+    few, many = ([of(name, T) for name in models] for T in (512, 4096))
+    assert f"At T = 512 launches move {listed([beyond for beyond, _ in few])} % more" in text
+    assert f"At T = 4096 it is {listed([beyond for beyond, _ in many])} %." in text
+    assert f"of all launches at their rooflines, {listed([time for _, time in many])} us" in text
+    clocks = {"shrink": set(), "down": set(), "gate_up": set()}
+    with (results / "compile.csv").open() as file:
+        for row in csv.DictReader(file):
+            large = (
+                row["target"] == "sm_90" and "BLOCK_M=128" in row["constants"] and "OPERAND=bf16" in row["constants"]
+            )
+            grouped = any(f"{name} lowrank bfloat16 G=1 T=4096" in row["launched_by"] for name in models)
+            if large and grouped and row["kernel"] != "prefill_sum":
+                clocks[row["kernel"].removeprefix("prefill_")].add(
+                    int(row["main_instructions"]) * int(row["warps"]) // 4
+                )
+    found = (min(clocks["shrink"]), max(clocks["shrink"]), *clocks["down"], *clocks["gate_up"])
+    assert "takes {} to {} clocks to issue (shrink), {} (down) or {} (gate_up)".format(*found) in text
 
 
 # ---- against the tensors of real launches: where all experts meet all tokens, a launch needs all it is given

@@ -69,8 +69,8 @@ def test_every_option_of_a_command_shown_exists(command):
         assert option in known.output or option in settings
 
 
-def test_four_commands_are_shown():
-    assert {command[1] for command in COMMANDS} == {"compress", "inspect", "eval", "generate"}
+def test_the_commands_are_shown():
+    assert {command[1] for command in COMMANDS} == {"compress", "inspect", "eval", "generate", "settings"}
 
 
 def test_the_make_targets_exist():

@@ -51,10 +51,7 @@ int64_t value_bytes(const BlockSparseCall& call, int32_t n) {
 }  // namespace
 
 const char* declines(const BlockSparseCall& call) {
-  if (call.tokens > kMaxTokens) return "more than 16 tokens";
-  if (call.tokens * call.top_k > kMaxPairs) return "more than 256 token-expert pairs";
-  if (call.experts > kMaxExperts) return "more than 1024 experts";
-  if (call.hidden % 32 != 0) return "a hidden size that is not a multiple of 32";
+  if (const char* reason = declines_sizes(call)) return reason;
   if (call.inner % 32 != 0) return "an intermediate size that is not a multiple of 32";
   if (!is_kept(call.gate_up.n) || !is_kept(call.down.n)) return "values other than 4, 8, 12 or 16 of 32";
   if (value_bytes(call, std::max(call.gate_up.n, call.down.n)) >> 31 != 0)

@@ -24,12 +24,9 @@
 #pragma once
 
 #include "cuda/block_sparse_decode.h"
-#include "cuda/low_rank_decode.cuh"
+#include "cuda/decode_block.cuh"
 #include "cuda/ptx.h"
-
-#ifdef RESMOE_EMULATE_CUDA
-#include <bit>
-#endif
+#include "cuda/routing.cuh"
 
 namespace resmoe::cuda::block_sparse {
 
@@ -76,16 +73,21 @@ __host__ __device__ inline Workspace workspace_of(const BlockSparseCall& call) {
   return at;
 }
 
-// Behind the ring. From Scratch::parts on: Walk's z, or Scatter's zeros.
-struct Shared {
-  Scratch scratch;
-  float a[8][2];              // Walk: B x of a task's rows
-  float parts[kWarps][4][2];  // Walk: the warps' sums of a task of down
-  uint8_t zeros[704];         // the end of Scatter's
-};
 constexpr int kZerosBytes = 128 + 2048;  // of a warp: for bits that are not there, and for 32 lanes' words
-static_assert(sizeof(Shared) - offsetof(Shared, scratch) - offsetof(Scratch, parts) >= kWarps * kZerosBytes);
-static_assert(sizeof(Scratch::parts) >= kMaxPairs * 2 * 4 * 2 * sizeof(float));
+
+// Behind the ring.
+struct Shared {
+  Routing routing;
+  union {
+    RoutingScratch scratch;
+    struct {
+      float z[kMaxPairs * 2 * 4 * 2];  // of every expert hit: 4 rows of gate and up, 2 tokens
+      float a[8][2];                   // B x of a task's rows
+      float parts[kWarps][4][2];       // the warps' sums of a task of down
+    } walk;
+    uint8_t zeros[kWarps][kZerosBytes];  // Scatter's
+  };
+};
 
 __host__ __device__ inline size_t ring_bytes(const BlockSparseCall& call, int stages) {
   const int n = call.gate_up.n > call.down.n ? call.gate_up.n : call.down.n;
@@ -137,13 +139,8 @@ __device__ __forceinline__ float high_of<__half>(uint32_t pair) {
 // Takes the highest bit from a word and gives its place, -1 where there is none. Three instructions: a search
 // (FLO, from a unit with half a warp's rate), a rotation, an AND.
 __device__ __forceinline__ int take_bit(uint32_t& bits) {
-#ifdef RESMOE_EMULATE_CUDA
-  const int place = 31 - std::countl_zero(bits);
-  bits &= std::rotl(0xFFFFFFFEu, place);
-#else
-  const int place = 31 - __clz(static_cast<int>(bits));
-  bits &= __funnelshift_l(0xFFFFFFFEu, 0xFFFFFFFEu, place);
-#endif
+  const int place = ptx::highest_bit(bits);
+  bits &= ptx::rotate_left(0xFFFFFFFE, place);
   return place;
 }
 
@@ -172,27 +169,12 @@ __device__ __forceinline__ void load_values(const uint8_t* shared, uint32_t (&pa
   }
 }
 
-__device__ inline void find_routing(const BlockSparseCall& call, Scratch& scratch) {
-  LowRankCall as{};
-  as.top_k_index = call.top_k_index;
-  as.index_is_64 = call.index_is_64;
-  as.top_k_weights = call.top_k_weights;
-  as.weights_type = call.weights_type;
-  as.tokens = call.tokens;
-  as.top_k = call.top_k;
-  as.experts = call.experts;
-  as.hidden = call.hidden;
-  as.inner = call.inner;
-  as.group = call.group;
-  cuda::find_routing(as, scratch);
-}
-
 // What both ways have in common. rows_gate_up columns of I, 4 or 16 rows of H: a task.
 class Layer {
  public:
   __device__ Layer(const BlockSparseCall& call, uint8_t* shared, int columns, int rows)
       : call_(call),
-        s_{call.tokens, call.top_k, call.experts, call.hidden, call.inner, (call.gated ? 2 : 1) * call.inner},
+        s_(shape_of(call)),
         columns_(columns),
         rows_(rows),
         gate_up_tasks_(s_.I / columns),
@@ -205,7 +187,13 @@ class Layer {
         shared_(*reinterpret_cast<Shared*>(shared + ring_bytes(call, kStages))) {}
 
  protected:
-  __device__ const Routing& routing() const { return shared_.scratch.routing; }
+  // By all threads, who may read the routing then.
+  __device__ void find_routing() {
+    find_experts(call_, shared_.scratch, shared_.routing);
+    find_pairs(call_, shared_.scratch, shared_.routing);
+    __syncthreads();
+  }
+  __device__ const Routing& routing() const { return shared_.routing; }
   __device__ uint32_t* flag() const { return static_cast<uint32_t*>(call_.workspace); }
   template <typename T>
   __device__ T* wh() const {
@@ -228,9 +216,6 @@ class Layer {
   __device__ int64_t row_of(bool down, int i, int row) const {
     return static_cast<int64_t>(routing().expert[i]) * (down ? s_.H : s_.N) + row;
   }
-  __device__ int64_t pair_of(int i, int t) const {
-    return static_cast<int64_t>(t) * s_.top_k + routing().slot[i][t];
-  }
 
   __device__ uint8_t* load_slot() const { return ring_ + loaded_; }
   __device__ void close_slot(bool used) {
@@ -246,12 +231,6 @@ class Layer {
     const int next = taken_ + ring_end_ / kStages;
     taken_ = next == ring_end_ ? 0 : next;
     return chunk;
-  }
-
-  // What this block has stored is there for whoever acquires the flag; shared memory may be used again.
-  __device__ void publish() {
-    __syncthreads();
-    if (threadIdx.x == 0) ptx::release_add(flag(), 1);
   }
 
   const BlockSparseCall& call_;

@@ -15,7 +15,7 @@ class Scatter : Layer {
       : Layer(call, shared, call.gated ? 8 : 16, 16),
         g_(lane_ / 4),
         q_(lane_ % 4),
-        zeros_(reinterpret_cast<uint8_t*>(shared_.scratch.parts) + warp_ * kZerosBytes + 128) {}
+        zeros_(shared_.zeros[warp_] + 128) {}
 
   __device__ void run() {
     at_ = {static_cast<int>(blockIdx.x), -1, warp_};
@@ -25,7 +25,7 @@ class Scatter : Layer {
     if (has_base_) {  // needs no routing: arrives while it is worked out
       for (; loads < kStages - 1 && at_.task < tasks_ && at_.j < words_of(load_down_); ++loads) load_base();
     }
-    find_routing(call_, shared_.scratch);
+    find_routing();
     ways_ = ways_of(routing().hits);
     first_expert_ = warp_ / ways_;
     way_ = warp_ % ways_;
@@ -217,8 +217,10 @@ class Scatter : Layer {
     for (int tile = 0; tile < TokenTiles; ++tile) {
       const int t = tile * 8 + g_;
       const T* rows = down ? wh<T>() : static_cast<const T*>(call_.x);
-      const bool routed = (routing().tokens[i] >> t & 1) != 0;
-      source[tile] = routed ? rows + (down ? pair_of(i, t) : t) * width(down) + (j * 4 + q_) * 32 : nullptr;
+      const bool routed = routing().takes(i, t);
+      source[tile] = routed ? rows + static_cast<int64_t>(down ? routing().pair(i, t) : t) * width(down) +
+                                  (j * 4 + q_) * 32
+                            : nullptr;
     }
     for (; j < C; j += step) {
       uint4 x[TokenTiles][4];
@@ -360,7 +362,7 @@ class Scatter : Layer {
             sum<T>()[static_cast<int64_t>(t) * s_.I + first + row] = from_float<T>(sum_of_t);
         });
       }
-      publish();
+      publish(flag());
     }
   }
 
@@ -371,11 +373,12 @@ class Scatter : Layer {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int row = g_ + j / 2 * 8, t = tile * 8 + 2 * q_ + j % 2;
-        if ((call_.gated && j >= 2) || (routing().tokens[i] >> t & 1) == 0) continue;
+        if ((call_.gated && j >= 2) || !routing().takes(i, t)) continue;
         float h = apply(call_.function, z.of[tile][j] + with_base * a.of[tile][j]);
         if (j < 2 && call_.gated) h *= z.of[tile][j + 2] + with_base * a.of[tile][j + 2];
-        h *= routing().weight[i][t];
-        wh<T>()[pair_of(i, t) * s_.I + n + row] = from_float<T>(h);
+        const int entry = routing().entry(i, t);
+        h *= routing().weights[entry];
+        wh<T>()[static_cast<int64_t>(routing().pairs[entry]) * s_.I + n + row] = from_float<T>(h);
         total.of[tile][j] += with_base * h;
       }
     }

@@ -15,7 +15,7 @@ class Walk : Layer {
  public:
   __device__ Walk(const BlockSparseCall& call, uint8_t* shared)
       : Layer(call, shared, 4, 4),
-        z_(&shared_.scratch.parts[0][0][0]),
+        z_(shared_.walk.z),
         x_(reinterpret_cast<uint8_t*>(&shared_) + kSharedBytes) {}
 
   __device__ void run() {
@@ -28,7 +28,7 @@ class Walk : Layer {
       for (; loads < kStages - 1 && words_ > 0; ++loads) load_next();
     }
     stage_x();
-    find_routing(call_, shared_.scratch);
+    find_routing();
     for (; loads < kStages - 1; ++loads) load_next();
     bool staged = false;
     for (int task = static_cast<int>(blockIdx.x); task < tasks_; task += static_cast<int>(gridDim.x)) {
@@ -143,8 +143,8 @@ class Walk : Layer {
     const int pieces = transposed_bytes(s_.I) / 16;
     for (int at = static_cast<int>(threadIdx.x); at < routing().hits * s_.T * pieces; at += kThreads) {
       const int i = at / pieces / s_.T, t = at / pieces % s_.T, piece = at % pieces;
-      if ((routing().tokens[i] >> t & 1) == 0) continue;
-      const int64_t from = pair_of(i, t) * pieces + piece;
+      if (!routing().takes(i, t)) continue;
+      const int64_t from = static_cast<int64_t>(routing().pair(i, t)) * pieces + piece;
       ptx::copy_async_16(x_ + from * 16, wh<uint4>() + from, true);
     }
     if (has_base_) {
@@ -223,10 +223,10 @@ class Walk : Layer {
   __device__ void expert_unit(bool down, int i, float (&sums)[2][4]) {
     const uint32_t tokens = routing().tokens[i];
     const int first = (tokens & 1) != 0 ? 0 : 1, size = transposed_bytes(down ? s_.I : s_.H);
-    const int64_t from = down ? pair_of(i, first) : first;
+    const int64_t from = down ? routing().pair(i, first) : first;
     const uint8_t* x = x_ + from * size;
     if (tokens == 3) {
-      const int second = static_cast<int>((down ? pair_of(i, 1) : 1) - from) * size;
+      const int second = static_cast<int>((down ? routing().pair(i, 1) : 1) - from) * size;
       expert_rows<true>(matrix(down).n, words_of(down), x, second, sums[0], sums[1]);
     } else {
       float own[4] = {};
@@ -275,7 +275,7 @@ class Walk : Layer {
         if (unit >= bases) {
           if (lane_ % 8 == 0) z_[((unit - bases) * 4 + lane_ / 8) * 2 + t] = sum;
         } else {
-          if (lane_ == unit % 4 * 8) shared_.a[unit][t] = sum;
+          if (lane_ == unit % 4 * 8) shared_.walk.a[unit][t] = sum;
         }
 #pragma unroll
         for (int r = 0; r < 4; ++r) sums[t][r] = 0.0f;
@@ -293,14 +293,16 @@ class Walk : Layer {
       const int i = at / 4, column = at % 4, n = first + column;
       float* const z = z_ + i * size + column * 2;
       for (int t = 0; t < s_.T; ++t) {
-        if ((routing().tokens[i] >> t & 1) == 0) continue;
+        if (!routing().takes(i, t)) continue;
         const bool with_base = routing().has_base[i] != 0;
-        float h = apply(call_.function, z[t] + (with_base ? shared_.a[column][t] : 0.0f));
-        if (call_.gated) h *= z[8 + t] + (with_base ? shared_.a[4 + column][t] : 0.0f);
-        h *= routing().weight[i][t];
+        float h = apply(call_.function, z[t] + (with_base ? shared_.walk.a[column][t] : 0.0f));
+        if (call_.gated) h *= z[8 + t] + (with_base ? shared_.walk.a[4 + column][t] : 0.0f);
+        const int entry = routing().entry(i, t);
+        h *= routing().weights[entry];
         z[t] = h;
         const int stride = stride_of(s_.I);
-        wh<T>()[pair_of(i, t) * (32 * stride) + n % 32 * stride + n / 32] = from_float<T>(h);
+        wh<T>()[static_cast<int64_t>(routing().pairs[entry]) * (32 * stride) + n % 32 * stride + n / 32] =
+            from_float<T>(h);
       }
     }
     __syncthreads();
@@ -308,12 +310,12 @@ class Walk : Layer {
       const int column = static_cast<int>(threadIdx.x) % 4, t = static_cast<int>(threadIdx.x) / 4;
       float total = 0.0f;
       for (int i = 0; i < routing().hits; ++i) {
-        const bool adds = (routing().tokens[i] >> t & 1) != 0 && routing().has_base[i] != 0;
+        const bool adds = routing().takes(i, t) && routing().has_base[i] != 0;
         if (adds) total += z_[i * size + column * 2 + t];
       }
       sum<T>()[static_cast<int64_t>(t) * s_.I + first + column] = from_float<T>(total);
     }
-    publish();
+    publish(flag());
   }
 
   // 4 rows of H.
@@ -321,13 +323,13 @@ class Walk : Layer {
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       const float sum = add_lanes(sums[t]);
-      if (lane_ % 8 == 0) shared_.parts[warp_][lane_ / 8][t] = sum;
+      if (lane_ % 8 == 0) shared_.walk.parts[warp_][lane_ / 8][t] = sum;
     }
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < 4 * s_.T) {
       const int row = static_cast<int>(threadIdx.x) % 4, t = static_cast<int>(threadIdx.x) / 4;
       float sum = 0.0f;
-      for (int warp = 0; warp < kWarps; ++warp) sum += shared_.parts[warp][row][t];
+      for (int warp = 0; warp < kWarps; ++warp) sum += shared_.walk.parts[warp][row][t];
       static_cast<T*>(call_.y)[static_cast<int64_t>(t) * s_.H + first + row] = from_float<T>(sum);
     }
     __syncthreads();

@@ -24,10 +24,7 @@ const char* start(const LowRankCall& call, cudaStream_t stream, int blocks) {
 }  // namespace
 
 const char* declines(const LowRankCall& call) {
-  if (call.tokens > kMaxTokens) return "more than 16 tokens";
-  if (call.tokens * call.top_k > kMaxPairs) return "more than 256 token-expert pairs";
-  if (call.experts > kMaxExperts) return "more than 1024 experts";
-  if (call.hidden % 32 != 0) return "a hidden size that is not a multiple of 32";
+  if (const char* reason = declines_sizes(call)) return reason;
   if (call.inner % 16 != 0) return "an intermediate size that is not a multiple of 16";
   return nullptr;
 }
@@ -42,7 +39,8 @@ const char* low_rank_decode(const LowRankCall& call, void* stream_of_caller) {
   const auto stream = static_cast<cudaStream_t>(stream_of_caller);
   const bool one_tile = call.tokens <= 8;
   if (call.element == Element::bfloat16) {
-    return one_tile ? start<__nv_bfloat16, 1>(call, stream, units) : start<__nv_bfloat16, 2>(call, stream, units);
+    return one_tile ? start<__nv_bfloat16, 1>(call, stream, units)
+                    : start<__nv_bfloat16, 2>(call, stream, units);
   }
   return one_tile ? start<__half, 1>(call, stream, units) : start<__half, 2>(call, stream, units);
 }

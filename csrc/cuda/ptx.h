@@ -12,24 +12,12 @@
 #include <cstddef>
 #include <cstdint>
 
-// Bulk copies and the barriers that count their bytes, from sm_90 on. What calls them stands in #if, as
-// functions for older GPUs must not.
-#ifndef RESMOE_BULK_COPIES
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-#define RESMOE_BULK_COPIES 0
-#else
-#define RESMOE_BULK_COPIES 1
-#endif
-#endif
-
 #ifdef RESMOE_EMULATE_CUDA
 #include "cuda_emulation.h"
 #else
 
-// The shared memory whose size the launch says, 128-byte aligned; and a variable of a block, without initial
-// value.
+// The shared memory whose size the launch says, 128-byte aligned.
 #define RESMOE_SHARED_MEMORY(name) extern __shared__ __align__(128) uint8_t name[]
-#define RESMOE_SHARED_VARIABLE(type, name) __shared__ type name
 
 namespace resmoe::ptx {
 
@@ -58,14 +46,7 @@ __device__ __forceinline__ void wait_copies() {
 // ---- shared memory and products, by all lanes of a warp
 
 // Four 8x8 matrices of 16-bit elements. Lane 8 m + i says where row i of matrix m lies, 16-byte aligned; lane
-// 4 i + q gets elements 2 q and 2 q + 1 of row i of every matrix, or, transposed, of column i.
-__device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
+// 4 i + q gets elements 2 q and 2 q + 1 of column i of every matrix.
 __device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -104,6 +85,16 @@ __device__ __forceinline__ uint4 load_shared_16(const void* shared) {
   return *static_cast<const uint4*>(shared);
 }
 
+// ---- bits
+
+// The place of a word's highest bit; -1 where it has none.
+__device__ __forceinline__ int highest_bit(uint32_t bits) { return 31 - __clz(static_cast<int>(bits)); }
+
+// By `places` modulo 32, so that -1 is 31.
+__device__ __forceinline__ uint32_t rotate_left(uint32_t bits, int places) {
+  return __funnelshift_l(bits, bits, static_cast<unsigned>(places));
+}
+
 // ---- between blocks of one launch
 
 // Loads past L1 of what other blocks of this launch wrote. Volatile: they stay behind the acquire.
@@ -136,60 +127,6 @@ __device__ __forceinline__ void release_add(uint32_t* flag, uint32_t n) {
 
 // In every loop that polls a flag.
 __device__ __forceinline__ void pause() { asm volatile("nanosleep.u32 20;" ::: "memory"); }
-
-// ---- bulk copies
-
-#if RESMOE_BULK_COPIES
-// A barrier in shared memory, 8-byte aligned. Its phase ends when `arrivals` threads have arrived and all
-// expected bytes have. One thread initializes, then calls barriers_initialized, then the block passes a
-// __syncthreads.
-__device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
-               : "memory");
-}
-
-__device__ __forceinline__ void barriers_initialized() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-// Arrives, after this phase has been told to wait for so many bytes more.
-__device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
-}
-
-// Returns when the phase of this parity is over: 0 for the first, 1 for the second, 0 for the third.
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
-  uint32_t over = 0;
-  while (over == 0) {
-    asm volatile(
-        "{\n"
-        ".reg .pred over;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, over;\n"
-        "}"
-        : "=r"(over)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
-  }
-}
-
-// One thread copies many bytes from global to shared memory: both ends and the number multiples of 16. Each
-// byte that arrives counts on the barrier.
-__device__ __forceinline__ void copy_bulk(void* shared, const void* global, uint32_t bytes,
-                                          uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(barrier))
-      : "memory");
-}
-#endif
 
 }  // namespace resmoe::ptx
 

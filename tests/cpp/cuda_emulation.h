@@ -39,11 +39,9 @@
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 #undef __shared__
-#define __shared__ use_RESMOE_SHARED_MEMORY_or_RESMOE_SHARED_VARIABLE_as_all_blocks_run_at_once
+#define __shared__ use_RESMOE_SHARED_MEMORY_as_all_blocks_run_at_once
 
 #define RESMOE_SHARED_MEMORY(name) uint8_t* const name = ::resmoe::emulation::shared_memory()
-#define RESMOE_SHARED_VARIABLE(type, name) \
-  type& name = *static_cast<type*>(::resmoe::emulation::shared_variable(sizeof(type)))
 
 inline constinit thread_local uint3 threadIdx{}, blockIdx{}, blockDim{}, gridDim{};
 
@@ -84,7 +82,6 @@ Counts launch(const Config& config, void (*kernel)(Parameters...), dim3 grid, di
 // ---- what threads of a kernel call
 
 uint8_t* shared_memory();
-void* shared_variable(size_t bytes, Place place = Place::current());
 void require_aligned(const void* address, size_t bytes, const char* what);
 void require_shared(const void* address, size_t bytes, const char* what);
 
@@ -92,7 +89,7 @@ void sync_threads(Place place);
 void sync_warp(unsigned lanes, Place place);
 uint64_t shuffle(unsigned lanes, uint64_t value, int source, Place place);
 uint32_t ballot(unsigned lanes, bool vote, Place place);
-void load_matrices(uint32_t (&r)[4], const void* address, const uint4& row, bool transposed, Place place);
+void load_matrices_transposed(uint32_t (&r)[4], const void* address, const uint4& row, Place place);
 template <typename T>
 void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Place place);
 void count_shared_load(const void* address);
@@ -104,12 +101,6 @@ void wait_copies(int groups);
 void polled(const void* flag);
 void flag_changed();
 void pause();
-
-void barrier_init(const uint64_t* barrier, uint32_t arrivals);
-void barriers_initialized();
-void barrier_arrive(const uint64_t* barrier, uint32_t bytes);
-void barrier_wait(const uint64_t* barrier, uint32_t parity);
-void copy_bulk(void* shared, const void* global, uint32_t bytes, const uint64_t* barrier);
 
 template <typename T>
 T load(const void* address, const char* what) {
@@ -174,11 +165,6 @@ inline uint32_t atomicOr(uint32_t* to, uint32_t value) {
   return __atomic_fetch_or(to, value, __ATOMIC_RELAXED);
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
-inline int __ffs(int bits) { return __builtin_ffs(bits); }
-inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
-  return static_cast<unsigned>(((uint64_t{high} << 32 | low) << (shift & 31)) >> 32);
-}
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 
@@ -197,13 +183,9 @@ void wait_copies() {
   emulation::wait_copies(N);
 }
 
-inline void load_matrix_x4(uint32_t (&r)[4], const void* row, Place place = Place::current()) {
-  emulation::require_shared(row, 16, "ldmatrix");
-  emulation::load_matrices(r, row, emulation::load<uint4>(row, "ldmatrix"), false, place);
-}
 inline void load_matrix_x4_transposed(uint32_t (&r)[4], const void* row, Place place = Place::current()) {
   emulation::require_shared(row, 16, "ldmatrix");
-  emulation::load_matrices(r, row, emulation::load<uint4>(row, "ldmatrix"), true, place);
+  emulation::load_matrices_transposed(r, row, emulation::load<uint4>(row, "ldmatrix"), place);
 }
 template <typename T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
@@ -215,6 +197,9 @@ inline uint4 load_shared_16(const void* shared) {
   emulation::count_shared_load(shared);
   return emulation::load<uint4>(shared, "load_shared_16");
 }
+
+inline int highest_bit(uint32_t bits) { return 31 - std::countl_zero(bits); }
+inline uint32_t rotate_left(uint32_t bits, int places) { return std::rotl(bits, places); }
 
 inline uint4 load_l2_16(const void* global) { return emulation::load<uint4>(global, "load_l2_16"); }
 inline float load_l2(const float* global) { return emulation::load<float>(global, "load_l2"); }
@@ -229,14 +214,5 @@ inline void release_add(uint32_t* flag, uint32_t n) {
   emulation::flag_changed();
 }
 inline void pause() { emulation::pause(); }
-
-inline void barrier_init(uint64_t* barrier, uint32_t arrivals) { emulation::barrier_init(barrier, arrivals); }
-inline void barriers_initialized() { emulation::barriers_initialized(); }
-inline void barrier_arrive(uint64_t* barrier) { emulation::barrier_arrive(barrier, 0); }
-inline void barrier_expect(uint64_t* barrier, uint32_t bytes) { emulation::barrier_arrive(barrier, bytes); }
-inline void barrier_wait(uint64_t* barrier, uint32_t parity) { emulation::barrier_wait(barrier, parity); }
-inline void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
-  emulation::copy_bulk(shared, global, bytes, barrier);
-}
 
 }  // namespace resmoe::ptx

@@ -6,7 +6,6 @@
 #include <array>
 #include <cstdlib>
 #include <exception>
-#include <map>
 #include <memory>
 #include <random>
 #include <vector>
@@ -27,10 +26,10 @@ extern "C" {
 
 namespace resmoe::emulation {
 
+// Of 16 bytes.
 struct Copy {
   void* shared;
-  const void* global;
-  uint32_t bytes;  // 0: 16 zeros
+  const void* global;  // null: zeros
   int group;
 };
 
@@ -67,31 +66,10 @@ struct Warp {
   std::array<void*, 32> operands{};
 };
 
-// An mbarrier. Its eight bytes in shared memory only name it.
-struct Barrier {
-  uint32_t expected = 0, pending = 0;
-  int64_t bytes = 0;
-  uint64_t phase = 0;
-  bool initialized = false;  // and fenced
-  char tokens[2] = {};
-};
-
-struct BulkCopy {
-  Copy copy;
-  Barrier* barrier;
-  void* fiber;  // ThreadSanitizer's: the copy is behind its issue and before the end of the barrier's phase
-};
-
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
 using SharedMemory = std::unique_ptr<uint8_t, Free>;
-
-struct Variable {
-  Place place;
-  size_t bytes;
-  SharedMemory memory;
-};
 
 struct Block {
   uint3 index{};
@@ -99,8 +77,6 @@ struct Block {
   std::vector<Warp> warps;
   Meeting meeting;
   SharedMemory shared;
-  std::vector<Variable> variables;
-  std::map<const void*, Barrier> barriers;
   size_t alive = 0;
 };
 
@@ -109,10 +85,9 @@ struct Grid {
   const std::function<void()>* body = nullptr;
   size_t shared_bytes = 0;
   std::vector<Block> blocks;
-  std::vector<BulkCopy> copies;  // on their way
   std::mt19937 random;
   Counts counts{};
-  uint64_t version = 0;  // how often a flag changed or a phase ended
+  uint64_t version = 0;  // how often a flag changed
   bool handed_over = false;
   std::exception_ptr error;
   int races = 0;          // that ThreadSanitizer has reported
@@ -144,9 +119,6 @@ void wait(State state);
 // The running thread came to the end of the kernel.
 void leave();
 
-// Copies the host makes: one of those on their way arrives, if there is one.
-bool land_one();
-
 constexpr unsigned kOrdered = 0,
                    kUnordered = 1;  // whether a switch makes ThreadSanitizer order the two fibers
 
@@ -159,15 +131,5 @@ inline void acquire_token(void* token) {
 inline void release_token(void* token) {
   if (__tsan_release != nullptr) __tsan_release(token);
 }
-
-// While it lives, what a thread does is the host's for ThreadSanitizer: memory that threads take and give
-// back for one another.
-class AsHost {
- public:
-  AsHost() { to_fiber(grid->host_fiber, kUnordered); }
-  AsHost(const AsHost&) = delete;
-  AsHost& operator=(const AsHost&) = delete;
-  ~AsHost() { to_fiber(grid->thread->fiber, kUnordered); }
-};
 
 }  // namespace resmoe::emulation

@@ -84,78 +84,27 @@ void meet_warp(unsigned lanes, Operand& own, bool orders_memory, const char* wha
 
 // ---- copies
 
-bool is_shared(const void* address, size_t bytes) {
-  const auto* const first = static_cast<const uint8_t*>(address);
-  const auto is_in = [&](const uint8_t* begin, size_t size) {
-    return first >= begin && first + bytes <= begin + size;
-  };
-  const Block& block = *grid->block;
-  return is_in(block.shared.get(), grid->shared_bytes) ||
-         std::any_of(block.variables.begin(), block.variables.end(),
-                     [&](const Variable& variable) { return is_in(variable.memory.get(), variable.bytes); });
-}
-
-// Tells ThreadSanitizer, until it has reported a race: it reports every 8 bytes. False if it has.
-bool touch(void (*tell)(void*, unsigned long), const void* memory, size_t bytes) {
-  for (size_t at = 0; tell != nullptr && at < bytes && grid->races == 0; at += 16) {
-    tell(static_cast<char*>(const_cast<void*>(memory)) + at, 16);
-  }
+// Tells ThreadSanitizer, until it has reported a race. False if it has.
+bool touch(void (*tell)(void*, unsigned long), const void* memory) {
+  if (tell != nullptr && grid->races == 0) tell(const_cast<void*>(memory), 16);
   return grid->races == 0;
 }
 
 // A copy may write from its issue on; what is there until it is waited for is not said, and NaN shows.
-void poison(void* shared, size_t bytes) {
-  if (touch(__tsan_write_range, shared, bytes)) std::memset(shared, 0xFF, bytes);
+void poison(void* shared) {
+  if (touch(__tsan_write_range, shared)) std::memset(shared, 0xFF, 16);
 }
 
 void land(const Copy& copy) {
-  const size_t bytes = copy.bytes == 0 ? 16 : copy.bytes;
-  if (!touch(__tsan_write_range, copy.shared, bytes)) return;
-  if (copy.bytes == 0) {
-    std::memset(copy.shared, 0, bytes);
-  } else if (touch(__tsan_read_range, copy.global, bytes)) {
-    std::memcpy(copy.shared, copy.global, bytes);
+  if (!touch(__tsan_write_range, copy.shared)) return;
+  if (copy.global == nullptr) {
+    std::memset(copy.shared, 0, 16);
+  } else if (touch(__tsan_read_range, copy.global)) {
+    std::memcpy(copy.shared, copy.global, 16);
   }
 }
 
-void end_phase_if_complete(Barrier& barrier) {
-  if (barrier.pending != 0 || barrier.bytes != 0) return;
-  barrier.pending = barrier.expected;
-  ++barrier.phase;
-  ++grid->version;
-}
-
-void land(const BulkCopy& bulk) {
-  void* const before = __tsan_get_current_fiber == nullptr ? nullptr : __tsan_get_current_fiber();
-  to_fiber(bulk.fiber, kUnordered);
-  land(bulk.copy);
-  release_token(&bulk.barrier->tokens[bulk.barrier->phase & 1]);
-  to_fiber(grid->host_fiber, kOrdered);  // which gives the memory back
-  to_fiber(before, kUnordered);
-  if (bulk.fiber != nullptr) __tsan_destroy_fiber(bulk.fiber);
-  bulk.barrier->bytes -= bulk.copy.bytes;
-  end_phase_if_complete(*bulk.barrier);
-}
-
-Barrier& barrier_at(const void* address) {
-  const auto found = grid->block->barriers.find(address);
-  if (found == grid->block->barriers.end()) fail("a barrier that was not initialized");
-  return found->second;
-}
-
 }  // namespace
-
-bool land_one() {
-  auto& copies = grid->copies;
-  if (copies.empty()) return false;
-  size_t which = 0;
-  if (grid->config.order == Order::reverse) which = copies.size() - 1;
-  if (grid->config.order == Order::shuffled) which = grid->random() % copies.size();
-  const BulkCopy bulk = copies[which];
-  copies.erase(copies.begin() + static_cast<std::ptrdiff_t>(which));
-  land(bulk);
-  return true;
-}
 
 void leave() {
   const Thread& thread = *grid->thread;
@@ -177,20 +126,6 @@ void leave() {
 
 uint8_t* shared_memory() { return grid->block->shared.get(); }
 
-void* shared_variable(size_t bytes, Place place) {
-  auto& variables = grid->block->variables;
-  auto found = std::find_if(variables.begin(), variables.end(),
-                            [&](const Variable& variable) { return same(variable.place, place); });
-  if (found == variables.end()) {
-    const AsHost as_host;
-    variables.push_back({place, bytes, new_shared_memory(bytes)});
-    found = variables.end() - 1;
-    release_token(found->memory.get());
-  }
-  acquire_token(found->memory.get());
-  return found->memory.get();
-}
-
 void require_aligned(const void* address, size_t bytes, const char* what) {
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
     fail("%s: an address that is not aligned to %zu bytes", what, bytes);
@@ -198,7 +133,11 @@ void require_aligned(const void* address, size_t bytes, const char* what) {
 }
 
 void require_shared(const void* address, size_t bytes, const char* what) {
-  if (!is_shared(address, bytes)) fail("%s: %zu bytes that are not the block's shared memory", what, bytes);
+  const auto* const first = static_cast<const uint8_t*>(address);
+  const uint8_t* const begin = grid->block->shared.get();
+  if (first < begin || first + bytes > begin + grid->shared_bytes) {
+    fail("%s: %zu bytes that are not the block's shared memory", what, bytes);
+  }
 }
 
 void count_shared_load(const void* address) {
@@ -256,13 +195,12 @@ uint32_t ballot(unsigned lanes, bool vote, Place place) {
   return own.votes;
 }
 
-void load_matrices(uint32_t (&r)[4], const void* address, const uint4& row, bool transposed, Place place) {
+void load_matrices_transposed(uint32_t (&r)[4], const void* address, const uint4& row, Place place) {
   struct Operand {
     uint32_t* r;
     uintptr_t address;
-    bool transposed;
     uint16_t elements[8];
-  } own{r, reinterpret_cast<uintptr_t>(address), transposed, {}};
+  } own{r, reinterpret_cast<uintptr_t>(address), {}};
   std::memcpy(own.elements, &row, sizeof row);
   meet_warp(~0u, own, false, "ldmatrix", place, [](const auto& operand) {
     ++grid->counts.matrix_loads;
@@ -273,8 +211,7 @@ void load_matrices(uint32_t (&r)[4], const void* address, const uint4& row, bool
       const auto element = [&](size_t i, size_t j) { return uint32_t{operand(8 * m + i).elements[j]}; };
       for (size_t lane = 0; lane < 32; ++lane) {
         const size_t i = lane / 4, j = lane % 4 * 2;
-        operand(lane).r[m] = operand(lane).transposed ? element(j + 1, i) << 16 | element(j, i)
-                                                      : element(i, j + 1) << 16 | element(i, j);
+        operand(lane).r[m] = element(j + 1, i) << 16 | element(j, i);
       }
     }
   });
@@ -325,11 +262,11 @@ void copy_async(void* shared, const void* global, bool valid) {
   require_shared(shared, 16, "copy_async_16");
   ++grid->counts.copies;
   grid->counts.copied_bytes += valid ? 16 : 0;
-  const Copy copy{shared, global, valid ? 16u : 0u, grid->thread->group};
+  const Copy copy{shared, valid ? global : nullptr, grid->thread->group};
   if (grid->config.copies == Arrival::early) {
     land(copy);
   } else {
-    poison(shared, 16);
+    poison(shared);
   }
   grid->thread->copies.push_back(copy);
 }
@@ -368,61 +305,6 @@ void pause() {
   grid->thread->polls = 0;
   wait(State::polling);
   grid->thread->seen = grid->version;
-}
-
-// ---- bulk copies
-
-void barrier_init(const uint64_t* barrier, uint32_t arrivals) {
-  require_aligned(barrier, 8, "a barrier");
-  require_shared(barrier, 8, "a barrier");
-  if (arrivals == 0) fail("a barrier nobody arrives at");
-  const AsHost as_host;
-  grid->block->barriers[barrier] = {.expected = arrivals, .pending = arrivals};
-}
-
-void barriers_initialized() {
-  for (auto& [address, barrier] : grid->block->barriers) barrier.initialized = true;
-}
-
-void barrier_arrive(const uint64_t* address, uint32_t bytes) {
-  Barrier& barrier = barrier_at(address);
-  release_token(&barrier.tokens[barrier.phase & 1]);
-  barrier.bytes += bytes;
-  if (barrier.pending == 0) fail("one arrival too many at a barrier of %u", barrier.expected);
-  --barrier.pending;
-  end_phase_if_complete(barrier);
-}
-
-void barrier_wait(const uint64_t* address, uint32_t parity) {
-  Barrier& barrier = barrier_at(address);
-  if (parity > 1) fail("a barrier's parity is 0 or 1, not %u", parity);
-  while ((barrier.phase & 1) == parity) {
-    grid->thread->seen = grid->version;
-    wait(State::polling);
-  }
-  acquire_token(&barrier.tokens[parity]);
-}
-
-void copy_bulk(void* shared, const void* global, uint32_t bytes, const uint64_t* address) {
-  require_aligned(shared, 16, "copy_bulk to shared memory");
-  require_aligned(global, 16, "copy_bulk from global memory");
-  if (bytes == 0 || bytes % 16 != 0) fail("copy_bulk of %u bytes, not a multiple of 16", bytes);
-  require_shared(shared, bytes, "copy_bulk");
-  Barrier& barrier = barrier_at(address);
-  if (!barrier.initialized) fail("copy_bulk on a barrier without barriers_initialized");
-  ++grid->counts.copies;
-  grid->counts.copied_bytes += bytes;
-  const bool early = grid->config.copies == Arrival::early;
-  if (!early) poison(shared, bytes);
-  void* const fiber =
-      __tsan_create_fiber == nullptr ? nullptr : __tsan_create_fiber(0);  // behind this thread
-  const BulkCopy bulk{{shared, global, bytes, 0}, &barrier, fiber};
-  if (early) {
-    land(bulk);
-  } else {
-    const AsHost as_host;
-    grid->copies.push_back(bulk);
-  }
 }
 
 }  // namespace resmoe::emulation

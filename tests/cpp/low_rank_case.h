@@ -1,6 +1,7 @@
 // A layer of random low-rank experts and a call of it: the memory a kernel is given, and what must come out.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -17,7 +18,7 @@ inline uint16_t to_bfloat16(float value) {
 }
 
 struct Case {
-  enum Routing { random, one_expert, in_turns, skipping, nothing, twice };
+  enum Routing { random, one_expert, in_turns, skipping, nothing, twice, every };
 
   int tokens = 5, top_k = 3, experts = 6, hidden = 64, inner = 48;
   bool gated = true, has_base = true;
@@ -31,17 +32,33 @@ struct Case {
   // The expert of each (token, slot); anything outside [0, experts) skips it.
   std::vector<int64_t> index() const {
     std::mt19937 generator(7);
+    const int64_t outside[] = {-1, int64_t{1} << 32, -(int64_t{1} << 33)};
     std::vector<int64_t> chosen;
     for (int t = 0; t < tokens; ++t) {
       for (int j = 0; j < top_k; ++j) {
         const auto any = static_cast<int64_t>(generator() % static_cast<unsigned>(experts));
         switch (routing) {
-          case random: chosen.push_back((any / 2 * 2 + j) % experts); break;
-          case one_expert: chosen.push_back(experts - 1); break;
-          case in_turns: chosen.push_back((2 * t + 1) % experts); break;
-          case skipping: chosen.push_back((t + j) % 3 == 0 ? (t % 2 == 0 ? -1 : int64_t{1} << 32) : any); break;
-          case nothing: chosen.push_back(experts + t); break;
-          case twice: chosen.push_back(j == 1 ? any : t % experts); break;
+          case random:
+            chosen.push_back((any / 2 * 2 + j) % experts);
+            break;
+          case one_expert:
+            chosen.push_back(experts - 1);
+            break;
+          case in_turns:
+            chosen.push_back((2 * t + 1) % experts);
+            break;
+          case skipping:
+            chosen.push_back((t + j) % 3 == 0 ? outside[t % 3] : any);
+            break;
+          case nothing:
+            chosen.push_back(experts + t);
+            break;
+          case twice:
+            chosen.push_back(j == 1 ? any : t % experts);
+            break;
+          case every:
+            chosen.push_back(experts - 1 - t * top_k - j);
+            break;
         }
       }
     }
@@ -105,13 +122,26 @@ inline Memory::Memory(const Case& c) : index(c.index()), weights(c.weights()) {
   v_down = normal(generator, sum(c.ranks_down), I, 1 / std::sqrt(I));
   offsets_gate_up = offsets(c.ranks_gate_up);
   offsets_down = offsets(c.ranks_down);
+  for (int e = 0; e < c.experts; ++e) {  // NaN: nothing may come of experts that are not hit
+    if (std::find(index.begin(), index.end(), e) != index.end()) continue;
+    const auto forget = [e](std::vector<uint16_t>& matrix, const std::vector<int32_t>& ends, int width) {
+      if (ends.size() == 1) return;
+      const auto at = static_cast<size_t>(e);
+      std::fill(matrix.begin() + ends[at] * width, matrix.begin() + ends[at + 1] * width, uint16_t{0xFFFF});
+    };
+    forget(u_gate_up, offsets_gate_up, N);
+    forget(v_gate_up, offsets_gate_up, H);
+    forget(u_down, offsets_down, H);
+    forget(v_down, offsets_down, I);
+  }
   group.assign(c.group.begin(), c.group.end());
   y.resize(static_cast<size_t>(c.tokens) * static_cast<size_t>(H));
   const auto matrix = [&](const std::vector<uint16_t>& base, const std::vector<uint16_t>& u,
                           const std::vector<uint16_t>& v, const std::vector<int32_t>& ends) {
     const bool has_rank = ends.size() > 1;
     return resmoe::cuda::LowRankMatrix{c.has_base ? base.data() : nullptr, has_rank ? u.data() : nullptr,
-                                       has_rank ? v.data() : nullptr, has_rank ? ends.data() : nullptr, ends.back()};
+                                       has_rank ? v.data() : nullptr, has_rank ? ends.data() : nullptr,
+                                       ends.back()};
   };
   call.element = resmoe::cuda::Element::bfloat16;
   call.x = x.data();
@@ -139,13 +169,18 @@ inline Memory::Memory(const Case& c) : index(c.index()), weights(c.weights()) {
 inline double applied(resmoe::cuda::Function f, double z) {
   using resmoe::cuda::Function;
   switch (f) {
-    case Function::silu: return z / (1 + std::exp(-z));
-    case Function::gelu: return 0.5 * z * (1 + std::erf(z / std::sqrt(2.0)));
+    case Function::silu:
+      return z / (1 + std::exp(-z));
+    case Function::gelu:
+      return 0.5 * z * (1 + std::erf(z / std::sqrt(2.0)));
     case Function::gelu_tanh:
       return 0.5 * z * (1 + std::tanh(std::sqrt(2 / 3.14159265358979) * (z + 0.044715 * z * z * z)));
-    case Function::relu: return std::max(z, 0.0);
-    case Function::relu2: return std::max(z, 0.0) * std::max(z, 0.0);
-    case Function::identity: break;
+    case Function::relu:
+      return std::max(z, 0.0);
+    case Function::relu2:
+      return std::max(z, 0.0) * std::max(z, 0.0);
+    case Function::identity:
+      break;
   }
   return z;
 }
@@ -153,12 +188,13 @@ inline double applied(resmoe::cuda::Function f, double z) {
 inline std::vector<double> Case::expected() const {
   const Memory m(*this);
   const auto product = [&](const std::vector<uint16_t>& base, const std::vector<uint16_t>& u,
-                           const std::vector<uint16_t>& v, const std::vector<int32_t>& ends, int e, int N, int K,
-                           const std::vector<double>& from) {
+                           const std::vector<uint16_t>& v, const std::vector<int32_t>& ends, int e, int N,
+                           int K, const std::vector<double>& from) {
     std::vector<double> out(static_cast<size_t>(N));
     const auto dot = [&](const std::vector<uint16_t>& matrix, int row) {
       double sum = 0;
-      for (int k = 0; k < K; ++k) sum += bfloat16(matrix[static_cast<size_t>(row * K + k)]) * from[static_cast<size_t>(k)];
+      for (int k = 0; k < K; ++k)
+        sum += bfloat16(matrix[static_cast<size_t>(row * K + k)]) * from[static_cast<size_t>(k)];
       return sum;
     };
     if (has_base && group[static_cast<size_t>(e)] >= 0) {
@@ -167,7 +203,8 @@ inline std::vector<double> Case::expected() const {
     const auto expert = static_cast<size_t>(e);
     for (int r = ends.size() > 1 ? ends[expert] : 0; r < (ends.size() > 1 ? ends[expert + 1] : 0); ++r) {
       const double c = dot(v, r);
-      for (int n = 0; n < N; ++n) out[static_cast<size_t>(n)] += bfloat16(u[static_cast<size_t>(r * N + n)]) * c;
+      for (int n = 0; n < N; ++n)
+        out[static_cast<size_t>(n)] += bfloat16(u[static_cast<size_t>(r * N + n)]) * c;
     }
     return out;
   };
@@ -179,7 +216,8 @@ inline std::vector<double> Case::expected() const {
       const int64_t id = m.index[static_cast<size_t>(t * top_k + j)];
       if (id < 0 || id >= experts) continue;
       const int e = static_cast<int>(id);
-      const auto z = product(m.base_gate_up, m.u_gate_up, m.v_gate_up, m.offsets_gate_up, e, rows(), hidden, token);
+      const auto z =
+          product(m.base_gate_up, m.u_gate_up, m.v_gate_up, m.offsets_gate_up, e, rows(), hidden, token);
       std::vector<double> h;
       for (int n = 0; n < inner; ++n) {
         const auto at = static_cast<size_t>(n);

@@ -162,62 +162,6 @@ bool meets(const Config& config) {
   return true;
 }
 
-// The ring again, filled by one thread with bulk copies: a barrier says when a stage is full, another when it
-// is free.
-enum class Bulk {
-  right,
-  not_waited_for,
-  wrong_parity,
-  too_many_bytes,
-  too_few_bytes,
-  not_freed,
-  not_initialized,
-  no_fence,
-  odd_bytes,
-  two_arrivals
-};
-struct Barriers {
-  uint64_t full[2], free[2];
-};
-
-template <Bulk fault>
-__global__ void bulk(const float* in, float* out) {
-  RESMOE_SHARED_MEMORY(shared);
-  RESMOE_SHARED_VARIABLE(Barriers, barriers);
-  const int t = thread_of_block();
-  if (t == 0) {
-    for (int stage = 0; stage < 2 && fault != Bulk::not_initialized; ++stage) {
-      ptx::barrier_init(&barriers.full[stage], 1);
-      ptx::barrier_init(&barriers.free[stage], 64);
-    }
-    if (fault != Bulk::no_fence) ptx::barriers_initialized();
-  }
-  __syncthreads();
-  constexpr uint32_t bytes = fault == Bulk::odd_bytes ? 1000 : 1024;
-  const auto fill = [&](int chunk) {
-    const int stage = chunk % 2;
-    if (chunk >= 2 && fault != Bulk::not_freed) ptx::barrier_wait(&barriers.free[stage], (chunk / 2 - 1) & 1);
-    ptx::barrier_expect(&barriers.full[stage], fault == Bulk::too_many_bytes  ? 2048
-                                               : fault == Bulk::too_few_bytes ? 512
-                                                                              : bytes);
-    ptx::copy_bulk(shared + stage * 1024, in + chunk * 256, bytes, &barriers.full[stage]);
-    if (fault == Bulk::two_arrivals) ptx::barrier_arrive(&barriers.full[stage]);
-  };
-  if (t == 0) fill(0);
-  float sum = 0;
-  for (int chunk = 0; chunk < kChunks; ++chunk) {
-    if (t == 0 && chunk + 1 < kChunks) fill(chunk + 1);
-    const uint32_t parity = chunk / 2 & 1;
-    if (fault != Bulk::not_waited_for) {
-      ptx::barrier_wait(&barriers.full[chunk % 2], fault == Bulk::wrong_parity ? 1 - parity : parity);
-    }
-    const auto* const values = reinterpret_cast<const float*>(shared + chunk % 2 * 1024) + (63 - t) * 4;
-    for (int i = 0; i < 4; ++i) sum += values[i];
-    ptx::barrier_arrive(&barriers.free[chunk % 2]);
-  }
-  out[64 * this_block() + t] = sum;
-}
-
 // How often a fault was seen, over all orders and arrivals: as an error that says `text`, as another one, in
 // results.
 struct Seen {
@@ -287,7 +231,6 @@ void right_kernels_pass() {
   clean("ring", seen("", [](const Config& c) { return adds_up(c, ring<Ring::right>, kStages * 1024); }));
   clean("meet", seen("", meets<true>));
   clean("hand", seen("", hands_on<Hand::right>));
-  clean("bulk", seen("", [](const Config& c) { return adds_up(c, bulk<Bulk::right>, 2 * 1024); }));
 }
 
 // An error in every launch.
@@ -305,11 +248,6 @@ template <Ring fault>
 Seen ring_with(const char* text) {
   return seen(text, [](const Config& config) { return adds_up(config, ring<fault>, kStages * 1024); });
 }
-template <Bulk fault>
-Seen bulk_with(const char* text) {
-  return seen(text, [](const Config& config) { return adds_up(config, bulk<fault>, 2 * 1024); });
-}
-
 void faults_of_a_block_are_noticed() {
   sometimes("no __syncthreads", ring_with<Ring::no_barrier>("a data race"));
   sometimes("no wait", ring_with<Ring::no_wait>("a data race"));
@@ -346,18 +284,6 @@ void faults_between_blocks_are_noticed() {
     return !std::isnan(numbers.back());
   });
   sometimes("flags not reset", replays);
-}
-
-void faults_of_bulk_copies_are_noticed() {
-  sometimes("no wait", bulk_with<Bulk::not_waited_for>("a data race"));
-  CHECK(bulk_with<Bulk::wrong_parity>("deadlock").said > 0, "the wrong parity");
-  always("bytes that do not come", bulk_with<Bulk::too_many_bytes>("deadlock: all threads wait"));
-  always("fewer bytes than come", bulk_with<Bulk::too_few_bytes>(""));
-  sometimes("filled while it is read", bulk_with<Bulk::not_freed>("a data race"));
-  always("not initialized", bulk_with<Bulk::not_initialized>("was not initialized"));
-  always("no fence", bulk_with<Bulk::no_fence>("without barriers_initialized"));
-  always("an odd number of bytes", bulk_with<Bulk::odd_bytes>("not a multiple of 16"));
-  CHECK(bulk_with<Bulk::two_arrivals>("one arrival too many").said > 0, "two arrivals");
 }
 
 // ---- what the sanitizers stop
@@ -415,7 +341,6 @@ int main() {
   }
   faults_of_a_block_are_noticed();
   faults_between_blocks_are_noticed();
-  faults_of_bulk_copies_are_noticed();
   sanitizers_see_the_kernel();
   std::printf(failures == 0 ? "all checks passed\n" : "checks failed\n");
   return failures == 0 ? 0 : 1;
