@@ -26,7 +26,6 @@ Triton's version is not the file's, counts may differ and only limits are checke
 from __future__ import annotations
 
 import argparse
-import csv
 import multiprocessing
 import os
 import re
@@ -41,6 +40,7 @@ import triton
 from assembly import Block, Instruction, amd_blocks, loops, product_loops, sass_blocks
 from configurations import KEY, TARGETS, Configuration, cases, configurations, pretending, warmup
 from occupancy import UNITS, occupancy
+from tables import read_rows, write_rows
 from triton import knobs
 
 CACHE = Path(__file__).resolve().parents[1] / "build" / "triton"
@@ -78,7 +78,7 @@ def main() -> int:
         parser.error(f"--kernel: the op starts no kernel named {', '.join(arguments.kernel)}")
     if arguments.csv:
         rows = compiled(found)
-        write(arguments.csv, rows)
+        write_rows(arguments.csv, rows, COLUMNS)
         arguments.csv.with_suffix(".md").write_text(summary(rows))
         sentences = [sentence for row in rows for sentence in violations(row)]
     else:
@@ -275,19 +275,6 @@ def _share(found: list[Configuration]) -> None:
 
 def _facts(i: int) -> dict[str, str]:
     return facts(_found[i])
-
-
-def write(path: Path, rows: list[dict[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def summary(rows: list[dict[str, str]]) -> str:

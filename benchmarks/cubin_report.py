@@ -25,7 +25,6 @@ only the file's.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import itertools
 import os
@@ -42,6 +41,7 @@ from types import ModuleType
 from assembly import Block, Instruction, loops_by_header, sass_kernels, shortest_pass
 from occupancy import UNITS, occupancy
 from shapes import SHAPES
+from tables import read_rows, write_rows
 
 from resmoe_kernels.heuristics import GPUS
 
@@ -345,7 +345,7 @@ def main() -> int:
         sentences = [sentence for row in kept for sentence in violations(row)]
         rows = kept
     elif arguments.csv:
-        write(file, rows)
+        write_rows(file, rows, COLUMNS)
         file.with_suffix(".md").write_text(summary(rows))
         sentences = [sentence for row in rows for sentence in violations(row)]
     else:
@@ -354,19 +354,6 @@ def main() -> int:
         print(sentence)
     print(f"cubin_report: {len(rows)} loops of kernels, {len(sentences)} complaints")
     return 1 if sentences else 0
-
-
-def write(path: Path, rows: list[dict[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def summary(rows: list[dict[str, str]]) -> str:

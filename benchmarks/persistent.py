@@ -20,8 +20,9 @@ from functools import cache
 from math import ceil
 from pathlib import Path
 
-from cubin_report import SCHEDULERS, WARPS, read_rows
+from cubin_report import SCHEDULERS, WARPS
 from occupancy import UNITS
+from tables import read_rows
 from torch import Tensor
 
 from resmoe_kernels import FactoredExperts

@@ -171,7 +171,7 @@ def test_another_nvcc_checks_limits_only(capsys):
 def test_without_nvcc_the_files_limits_are_checked_and_it_says_so_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cubin_report, "compiled", lambda: "nvcc was not found")
     file = tmp_path / "c.csv"
-    cubin_report.write(file, [*ROWS[:3], dict(ROWS[3], spills="2")])
+    cubin_report.write_rows(file, [*ROWS[:3], dict(ROWS[3], spills="2")], cubin_report.COLUMNS)
     monkeypatch.setattr(sys, "argv", ["cubin_report.py", "--check", str(file)])
     assert cubin_report.main() == 1
     first, second, last = capsys.readouterr().out.splitlines()

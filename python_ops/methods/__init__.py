@@ -9,8 +9,9 @@ compresses other modules than experts has a third, ``find``.
 from __future__ import annotations
 
 import inspect
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from types import ModuleType
@@ -18,13 +19,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
-from resmoe_kernels.factored import DenseExperts, FactoredExperts
+from resmoe_kernels.factored import MATRICES, DenseExperts, FactoredExperts
 from resmoe_kernels.python_ops.layouts import ExpertsModule, find_experts
 from resmoe_kernels.python_ops.routing import RouterChange
 
 if TYPE_CHECKING:
     from resmoe_kernels.python_ops.dense_model import DenseModel
     from resmoe_kernels.python_ops.statistics import LayerStatistics, Statistics
+
+_log = logging.getLogger("resmoe_kernels")
 
 # name on the command line -> module here, with a function of that name
 METHODS = {"resmoe": "resmoe", "mc-smoe": "mc_smoe", "moe-i2": "moe_i2", "xmoe": "xmoe"}
@@ -184,6 +187,24 @@ def check_known(argument: str, value: str, known: Sequence[str]) -> None:
 def relative(lost: float, whole: float) -> float:
     """sqrt(lost / whole) of two sums of squares: a relative error; 0 where there was nothing to lose."""
     return math.sqrt(lost / whole) if whole else 0.0
+
+
+def weight_errors(lost: Mapping[str, float], whole: Mapping[str, float]) -> dict[str, float]:
+    """relative_error, relative_error_gate_up and relative_error_down of a report, from sums of squares by matrix."""
+    by_matrix = {f"relative_error_{matrix}": relative(lost[matrix], whole[matrix]) for matrix in MATRICES}
+    return {"relative_error": relative(sum(lost.values()), sum(whole.values())), **by_matrix}
+
+
+def warn_if_not_smaller(method: str, report: Any, what_to_do: str) -> None:
+    """Warns where a compressed layer takes no fewer bytes than the dense one."""
+    if report.bytes_now >= report.bytes_dense:
+        _log.warning(
+            "%s: %d bytes, not smaller than the dense layer's %d; %s",
+            method,
+            report.bytes_now,
+            report.bytes_dense,
+            what_to_do,
+        )
 
 
 def setting_defaults(name: str) -> dict[str, Any]:

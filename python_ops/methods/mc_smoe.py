@@ -22,7 +22,7 @@ from resmoe_kernels.python_ops.merge import (
     merged_bias_down,
     merged_design,
 )
-from resmoe_kernels.python_ops.methods import Compressed, check_known, relative
+from resmoe_kernels.python_ops.methods import Compressed, check_known, relative, warn_if_not_smaller, weight_errors
 from resmoe_kernels.python_ops.prune import Scale, bitmap, block, block_kept, column_scale
 from resmoe_kernels.python_ops.routing import RouterChange, fold, map_slots
 from resmoe_kernels.python_ops.statistics import LayerStatistics, Statistics
@@ -211,12 +211,7 @@ def mc_smoe(
         bytes_dense=experts.nbytes(),
         bytes_now=factored.nbytes(),
     )
-    if report.bytes_now >= report.bytes_dense:
-        _log.warning(
-            "mc-smoe: %d bytes, not smaller than the dense layer's %d; lower groups, retain or density",
-            report.bytes_now,
-            report.bytes_dense,
-        )
+    warn_if_not_smaller("mc-smoe", report, "lower groups, retain or density")
     return Compressed(factored, report, change)
 
 
@@ -324,9 +319,4 @@ def _errors(experts: DenseExperts, grouped: Grouping, factored: FactoredExperts,
                 whole[matrix] += squared_norm(weight)
                 apart += squared_norm(weight - base)
                 lost[matrix] += squared_norm(weight - factored.materialize_matrix(matrix, e if own else g))
-    return {
-        "relative_error": relative(sum(lost.values()), sum(whole.values())),
-        "relative_error_gate_up": relative(lost["gate_up"], whole["gate_up"]),
-        "relative_error_down": relative(lost["down"], whole["down"]),
-        "merge_error": relative(apart, sum(whole.values())),
-    }
+    return {**weight_errors(lost, whole), "merge_error": relative(apart, sum(whole.values()))}

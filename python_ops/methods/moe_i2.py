@@ -22,7 +22,7 @@ from resmoe_kernels.python_ops.dense_model import DenseModel
 from resmoe_kernels.python_ops.expert_outputs import ExpertOutputs, expert_outputs
 from resmoe_kernels.python_ops.factorize import low_rank_at
 from resmoe_kernels.python_ops.genetic import SEARCHES, Found, Sets, search
-from resmoe_kernels.python_ops.methods import Compressed, check_known, relative
+from resmoe_kernels.python_ops.methods import Compressed, check_known, warn_if_not_smaller, weight_errors
 from resmoe_kernels.python_ops.reception_field import best_together, runs
 from resmoe_kernels.python_ops.routers import correction_bias
 from resmoe_kernels.python_ops.routing import MASKED, RouterChange, Scoring
@@ -144,9 +144,7 @@ def moe_i2(
             whole[matrix] += squared_norm(weight)
             lost[matrix] += squared_norm(weight - factored.materialize_matrix(matrix, e))
     report = Report(
-        relative_error=relative(sum(lost.values()), sum(whole.values())),
-        relative_error_gate_up=relative(lost["gate_up"], whole["gate_up"]),
-        relative_error_down=relative(lost["down"], whole["down"]),
+        **weight_errors(lost, whole),
         output_error=plan["output_error"],
         importance=math.fsum(plan["importance"]),
         experts_pruned=len(pruned),
@@ -157,12 +155,7 @@ def moe_i2(
         bytes_dense=experts.nbytes(),
         bytes_now=factored.nbytes(),
     )
-    if report.bytes_now >= report.bytes_dense:
-        _log.warning(
-            "moe-i2: %d bytes, not smaller than the dense layer's %d; lower retain or raise prune",
-            report.bytes_now,
-            report.bytes_dense,
-        )
+    warn_if_not_smaller("moe-i2", report, "lower retain or raise prune")
     scoring = Scoring(**plan["scoring"])
     return Compressed(factored, report, _without(pruned, experts.num_experts, scoring, masked) if pruned else None)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +20,11 @@ from resmoe_kernels.python_ops.align import (
     squared_norm,
 )
 from resmoe_kernels.python_ops.factorize import low_rank
-from resmoe_kernels.python_ops.methods import Compressed, check_known, relative
+from resmoe_kernels.python_ops.methods import Compressed, check_known, warn_if_not_smaller, weight_errors
 from resmoe_kernels.python_ops.prune import bitmap, block, block_kept
 
 RESIDUALS = ("lowrank", "sparse")
 SPARSE_LAYOUTS = ("block", "bitmap")
-_log = logging.getLogger("resmoe_kernels")
 
 
 @dataclass(frozen=True)
@@ -130,9 +128,7 @@ def resmoe(
             whole[matrix] += squared_norm(weight)
             lost[matrix] += squared_norm(weight.sub_(factored.materialize_matrix(matrix, e)))
     report = Report(
-        relative_error=relative(sum(lost.values()), sum(whole.values())),
-        relative_error_gate_up=relative(lost["gate_up"], whole["gate_up"]),
-        relative_error_down=relative(lost["down"], whole["down"]),
+        **weight_errors(lost, whole),
         cosine_before=mean_cosine(experts),
         cosine_after=mean_cosine(experts, aligned.permutations),
         iterations=aligned.iterations,
@@ -141,12 +137,7 @@ def resmoe(
         bytes_dense=experts.nbytes(),
         bytes_now=factored.nbytes(),
     )
-    if report.bytes_now >= report.bytes_dense:
-        _log.warning(
-            "resmoe: %d bytes, not smaller than the dense layer's %d; lower retain",
-            report.bytes_now,
-            report.bytes_dense,
-        )
+    warn_if_not_smaller("resmoe", report, "lower retain")
     return Compressed(factored, report)
 
 
