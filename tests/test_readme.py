@@ -95,6 +95,36 @@ def test_methods_said_to_be_here_are():
     assert {name for name, here in rows if here == "yes"} == set(METHODS)
 
 
+def test_the_methods_table_says_what_was_measured():
+    section = README.split("Measured on two small trained models")[1].split("`resmoe settings METHOD`")[0]
+    model, checked = "", 0
+    for line in section.splitlines():
+        if found := re.match(r"\| (tiny-\w+), dense", line):
+            model = found[1]
+            assert re.search(r"dense ([\d.]+ / [\d]+\.\d)", line)[1] in shown(model, "dense").values()
+        method = re.search(r"`([\w-]+)` \|", line)
+        if not method or not line.startswith("|"):
+            continue
+        rows = shown(model, method[1])
+        for share, perplexities in re.findall(r"([\d.]+): ([\d.]+ / [\d]+\.\d)", line):
+            assert (share, perplexities) in rows
+            checked += 1
+    assert checked == 18
+    parts = re.findall(r"([\d.]+ / [\d]+\.\d)", section.split("`xmoe` leaves")[1])
+    assert len(parts) == 4 and set(parts) <= set(shown("tiny-mixtral", "xmoe").values())
+
+
+def shown(model: str, method: str) -> dict[object, str]:
+    """(share of the bytes, perplexities) of a method's rows, as the README writes them."""
+    rows = {}
+    with (REPO / f"benchmarks/results/methods-{model}.csv").open(newline="") as file:
+        for i, row in enumerate(r for r in csv.DictReader(file) if r["method"] == method):
+            perplexities = f"{float(row['perplexity_wikitext2-test']):.1f} / {float(row['perplexity_heldout']):.1f}"
+            rows[i] = perplexities
+            rows[f"{float(row['of_dense']):.3f}", perplexities] = perplexities
+    return rows
+
+
 def test_the_gpu_section_says_what_the_accounts_and_the_compile_report_say():
     pytest.importorskip("triton")
     from test_costs import ideal_bytes, problem, shapes
