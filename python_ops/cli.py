@@ -1,4 +1,4 @@
-"""The command line: ``resmoe compress | inspect | eval | generate | env``, each a call of one function."""
+"""The command line: ``resmoe diagnose | compress | inspect | eval | generate | env``, each a call of one function."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ def compress_command(
     calibration: Annotated[Path | None, typer.Option(help="Text, or statistics collected before.")] = None,
     calibration_tokens: Annotated[int | None, typer.Option(help="Of the text; 65,536 if not given.")] = None,
     moments: Annotated[str | None, typer.Option(help="Of calibration: diagonal (default) or full.")] = None,
+    workers: Annotated[int, typer.Option(help="Layers compressed at a time.")] = 1,
+    engine: Annotated[str, typer.Option(help="processes of this machine, or tasks of a ray cluster.")] = "processes",
     trust_remote_code: Remote = False,
 ) -> None:
     """Compress the experts of MODEL into OUT. Interrupted, the same command goes on where it stopped."""
@@ -51,6 +53,8 @@ def compress_command(
         calibration=calibration,
         calibration_tokens=calibration_tokens,
         moments=moments,
+        workers=workers,
+        engine=engine,
         trust_remote_code=trust_remote_code,
         **method_settings(method, context.args),
     )
@@ -108,6 +112,70 @@ def _parsed(option: str, value: str, kinds: tuple[type, ...]) -> Any:
                 return kind(value)
     wanted = " or ".join([k.__name__ for k in kinds if k in (int, float, str)] + list(words))
     raise ValueError(f"{option}: must be {wanted}, got {value!r}")
+
+
+@app.command("diagnose")
+def diagnose_command(
+    model: Annotated[Path, typer.Argument(help="Folder of the dense checkpoint.")],
+    layers: Annotated[str, typer.Option(help="all, first:N, last:N, or numbers like 0,3,5-7")] = "all",
+    budget: Annotated[
+        str, typer.Option(help="Parts of the dense bytes at which forms are compared.")
+    ] = "0.25,0.375,0.5",
+    plot: Annotated[Path | None, typer.Option(help="Picture to make, such as out.png.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Say before compressing whether a shared base pays for MODEL, and what error each form leaves.
+
+    Beside the forms that compress makes, int8 and int4 are the dense experts rounded to nearest, for comparison.
+    """
+    from dataclasses import asdict
+
+    from resmoe_kernels.python_ops.diagnose import diagnose, verdict
+    from resmoe_kernels.python_ops.diagnose_plot import check_plot
+    from resmoe_kernels.python_ops.diagnose_plot import plot as draw
+
+    if plot is not None:
+        check_plot(plot)
+    diagnoses = diagnose(model, layers=layers, budgets=_budgets(budget), trust_remote_code=trust_remote_code)
+    if plot is not None:
+        draw(diagnoses, plot, model.resolve().name)
+    if as_json:
+        print(json.dumps({"verdict": verdict(diagnoses), "layers": [asdict(d) for d in diagnoses]}, indent=2))
+    else:
+        _print_diagnosis(diagnoses)
+        print("\n".join(verdict(diagnoses)))
+
+
+def _budgets(words: str) -> list[float]:
+    try:
+        return [float(word) for word in words.split(",")]
+    except ValueError:
+        raise ValueError(f"budget: must be numbers like 0.25,0.375, got {words!r}") from None
+
+
+def _print_diagnosis(layers: list) -> None:
+    from resmoe_kernels.factored import MATRICES
+    from resmoe_kernels.python_ops.diagnose import model_errors
+    from resmoe_kernels.python_ops.spectra import QUARTER
+
+    quarter = [f"1/4 rank of {m}: weight, residual, random" for m in MATRICES]
+    table = Table("layer", "measured", "cosine before", "after alignment", "energy of residual", *quarter)
+    for d in layers:
+        kept = [", ".join(f"{curve[QUARTER]:.3f}" for curve in d.spectra[m].values()) for m in MATRICES]
+        cosines = [f"{c:.4f}" for c in (d.cosine_before, d.cosine_after, d.residual_energy)]
+        table.add_row(escape(d.path), f"{len(d.measured)} of {d.num_experts} experts", *cosines, *kept)
+    _print(table)
+    totals = {(t.form, t.budget): t for t in model_errors(layers)}
+    for budget in dict.fromkeys(e.budget for e in layers[0].errors if e.budget is not None):
+        forms = [(e.form, e.budget) for e in layers[0].errors if e.budget in (budget, None)]
+        table = Table(f"relative error at {budget:g} of the bytes", *(form for form, _ in forms))
+        for d in layers:
+            error = {(e.form, e.budget): e.relative_error for e in d.errors}
+            table.add_row(escape(d.path), *("-" if error[f] is None else f"{error[f]:.4f}" for f in forms))
+        table.add_row("all", *(f"{totals[f].error:.4f}" if f in totals else "-" for f in forms), style="bold")
+        table.add_row("bytes / dense", *(f"{totals[f].size:.4f}" if f in totals else "-" for f in forms))
+        _print(table)
 
 
 @app.command("inspect")

@@ -8,8 +8,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,13 @@ from resmoe_kernels.python_ops.checkpoint import (
 from resmoe_kernels.python_ops.dense_model import DenseModel
 from resmoe_kernels.python_ops.hf_quantizer import FORMAT_VERSION, QUANT_METHOD, layer_spec
 from resmoe_kernels.python_ops.layer import PART_ROUTER
-from resmoe_kernels.python_ops.layouts import select_layers
+from resmoe_kernels.python_ops.layouts import ExpertsModule, select_layers
 from resmoe_kernels.python_ops.methods import Chain, Compressed, Method, method_named
-from resmoe_kernels.python_ops.statistics import MOMENTS, Statistics
+from resmoe_kernels.python_ops.statistics import MOMENTS, LayerStatistics, Statistics
+from resmoe_kernels.python_ops.workers import check_memory, check_workers, in_processes, on_ray
 
 _log = logging.getLogger("resmoe_kernels")
+_PROCESS_BYTES = 1 << 29  # of a worker with torch and transformers, before it reads a layer
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
@@ -55,6 +58,8 @@ def compress(
     calibration_tokens: int | None = None,
     moments: str | None = None,
     trust_remote_code: bool = False,
+    workers: int = 1,
+    engine: str = "processes",
     progress: bool = True,
     **settings: Any,
 ) -> Path:
@@ -72,17 +77,23 @@ def compress(
         such a file, named here in place of a text, is used as it is
     calibration_tokens: of the text, 65,536 by default;  moments: ``diagonal`` (default) or ``full``, see calibrate
     trust_remote_code: as in transformers, for models that bring their own code
+    workers: layers compressed at a time, to the same bytes; what is decided over all layers, calibration included,
+        comes before and is not shared out. Beyond 1, a script that calls this needs ``if __name__ == "__main__"``
+    engine: ``processes`` of this machine, or tasks on a ``ray`` cluster whose machines see ``model`` and ``out`` under
+        the same paths, see on_ray; a layer whose worker is lost is then done again by another
 
-    Memory: one experts module in its own dtype, what the method needs beside it, and the largest other
-    tensor. Tensors that are not experts are carried over byte for byte, files without experts whole.
+    Memory: one experts module in its own dtype and what the method needs beside it, for every worker, and the largest
+    other tensor. Tensors that are not experts are carried over byte for byte, files without experts whole.
     Returns ``out``. Raises ValueError naming what is wrong with the input; nothing is left behind then, and
-    nothing that was there before is touched.
+    nothing that was there before is touched. Raises ChildProcessError if a worker was killed; the same call goes on.
     """
+    check_workers(engine, workers)
     chosen_method = method_named(method, settings)
     source, target = Checkpoint(model), Path(out).resolve()
     data = _calibration_data(chosen_method, source, calibration, calibration_tokens, moments)
+    fingerprint = _fingerprint(source)
     job = {
-        "source": _fingerprint(source),
+        "source": fingerprint,
         "settings": {"method": method, "layers": layers, **chosen_method.settings, **data.described},
     }
     _check_place(source, target)
@@ -90,7 +101,7 @@ def compress(
     # Both: a run killed just before its end left its folder, to be removed below.
     if _is_done(target, job) and not unfinished.exists():
         return Path(out)
-    dense = _build_on_meta(source, trust_remote_code)
+    dense = build_on_meta(source, trust_remote_code)
     found = chosen_method.find(dense)
     chosen = select_layers(found, layers)
     reader = ModuleReader(source, dense)
@@ -99,6 +110,10 @@ def compress(
         raise ValueError(f"{source.folder / taken[0]}: has the name of a file to be written; rename the shard")
     consumed = {n for experts in chosen for n in reader.names_on_disk(experts.path, experts.parameter_names)}
     whole = DenseModel(dense, reader, found)
+    workers = min(workers, len(chosen))
+    layer_bytes = max(map(_peak_bytes, chosen))
+    if engine == "processes" and workers > 1:
+        check_memory(workers, layer_bytes)
 
     with _work_in(unfinished, job):
         if _is_done(target, job):  # another process was faster, or see above
@@ -110,20 +125,78 @@ def compress(
         numbers = [found.index(experts) for experts in chosen]
         statistics = data.statistics(whole, target.parent, progress)
         plans = chosen_method.plan(whole, numbers, statistics, progress)
+        layers_to_do = [
+            _Layer(
+                source.folder.resolve(),
+                fingerprint,
+                trust_remote_code,
+                chosen_method,
+                number,
+                plan,
+                None if statistics is None else statistics.layers[found[number].path],
+                folder / file,
+                specs / f"{file}.json",
+            )
+            for number, plan, file in zip(numbers, plans, files, strict=True)
+            if not (folder / file).is_file()
+        ]
         with tqdm(total=len(chosen), desc="compressing", unit="layer", disable=not progress) as bar:
-            for number, plan, file in zip(numbers, plans, files, strict=True):
-                if not (folder / file).is_file():
-                    made = chosen_method(
-                        whole.read(number),
-                        plan=plan,
-                        statistics=None if statistics is None else statistics.layers[found[number].path],
-                        progress=bar.set_postfix_str,
-                    )
-                    _write_layer(made, found[number].path, folder / file, specs / f"{file}.json")
-                bar.update()
+            bar.update(len(chosen) - len(layers_to_do))
+            if engine == "ray":
+                on_ray(_compress_layer, layers_to_do, workers, bar.update, layer_bytes)
+            elif workers > 1:
+                in_processes(_compress_layer, layers_to_do, workers, bar.update)
+            else:
+                for layer in layers_to_do:
+                    _compress_layer(layer, whole, bar.set_postfix_str)
+                    bar.update()
         _finish(source, job, sorted(specs.glob("*.json")), folder)
         folder.rename(target)
     return Path(out)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """What a process that knows nothing yet needs to compress one layer; ``fingerprint`` is that of ``model``."""
+
+    model: Path
+    fingerprint: str
+    trust_remote_code: bool
+    method: Method | Chain
+    number: int
+    plan: dict[str, Any]
+    statistics: LayerStatistics | None
+    file: Path
+    spec: Path
+
+
+def _compress_layer(
+    layer: _Layer, whole: DenseModel | None = None, progress: Callable[[str], None] | None = None
+) -> None:
+    if whole is None:
+        dense, reader = _opened(layer.model, layer.fingerprint, layer.trust_remote_code)
+        whole = DenseModel(dense, reader, layer.method.find(dense))
+    made = layer.method(whole.read(layer.number), plan=layer.plan, statistics=layer.statistics, progress=progress)
+    _write_layer(made, whole.experts[layer.number].path, layer.file, layer.spec)
+
+
+@lru_cache(maxsize=1)  # a worker opens the model once
+def _opened(folder: Path, fingerprint: str, trust_remote_code: bool) -> tuple[nn.Module, ModuleReader]:
+    """The model, on meta, and its reader, in a worker. Raises OSError if this machine sees another model than the one
+    where the job began: a fault of the place and not of the input, so that the work of the others is kept."""
+    try:
+        source = Checkpoint(folder)
+        if _fingerprint(source) != fingerprint:
+            raise ValueError(f"{folder}: is not the model that the job began with")
+        dense = build_on_meta(source, trust_remote_code)
+        return dense, ModuleReader(source, dense)
+    except ValueError as error:
+        raise OSError(f"{error}; every worker must see the same model under this path") from error
+
+
+def _peak_bytes(experts: ExpertsModule) -> int:
+    """What a worker needs at its peak for this layer: three times the layer in float32, and the process itself."""
+    return 3 * 4 * sum(p.numel() for p in experts.module.parameters()) + _PROCESS_BYTES
 
 
 def _write_layer(made: Compressed, path: str, file: Path, spec: Path) -> None:
@@ -343,7 +416,7 @@ def _remove(unfinished: Path) -> None:
         unfinished.rmdir()
 
 
-def _build_on_meta(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module:
+def build_on_meta(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module:
     """The dense model of a checkpoint, without memory for its weights.
 
     Raises ValueError if the checkpoint is quantised already or its architecture cannot be built.

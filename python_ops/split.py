@@ -12,6 +12,7 @@ from torch import Tensor
 
 from resmoe_kernels.factored import DenseExperts
 from resmoe_kernels.python_ops.calibrate import hidden_activations
+from resmoe_kernels.python_ops.factorize import one_thread
 
 CLUSTER_TOKENS = 512  # of an expert, for the profiles of its neurons; 4096 cluster no better
 FIT_TOKENS = 2048  # for the part router; on a dense layer's 576 inputs 64 do nearly as well
@@ -141,7 +142,8 @@ def rows_from_tokens(parts: DenseExperts, numbers: range, x: Tensor, activation:
 
 def _ridge(x: Tensor, y: Tensor) -> Tensor:
     """W (H, n) with x W ~ y, the strength of the ridge chosen by the exact leave-one-out error."""
-    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    with one_thread():
+        u, s, vh = torch.linalg.svd(x, full_matrices=False)
     projected, best, kept = u.T @ y, torch.inf, torch.zeros_like(s)
     for strength in _RIDGE:
         ridge = strength * s.square().mean()

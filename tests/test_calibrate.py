@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import resmoe_kernels as rk
 from resmoe_kernels.python_ops.calibrate import SAMPLE, collect, windows
 from resmoe_kernels.python_ops.checkpoint import Checkpoint, ModuleReader
-from resmoe_kernels.python_ops.compress import _build_on_meta
+from resmoe_kernels.python_ops.compress import build_on_meta
 from resmoe_kernels.python_ops.dense_model import DenseModel
 from resmoe_kernels.python_ops.routing import RouterChange
 from resmoe_kernels.python_ops.statistics import LayerStatistics, Statistics
@@ -109,7 +109,7 @@ def test_from_disk_and_in_memory_to_the_same_bits(family, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     in_memory = collect(DenseModel(model), TOKENS, progress=False)
     checkpoint = Checkpoint(tmp_path)
-    meta = _build_on_meta(checkpoint, False)
+    meta = build_on_meta(checkpoint, False)
     dense = DenseModel(meta, ModuleReader(checkpoint, meta))
     assert same(collect(dense, TOKENS, progress=False), in_memory)
     # No layer stays: what is left in memory lies outside of them.

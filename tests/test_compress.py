@@ -310,15 +310,15 @@ def test_a_faster_process_finished_meanwhile(mixtral, tmp_path, monkeypatch, req
     """Between the look for a finished result and the lock, another process may make it."""
     from resmoe_kernels.python_ops import compress as module
 
-    build = module._build_on_meta
+    build = module.build_on_meta
 
     def slow(*arguments):
-        monkeypatch.setattr(module, "_build_on_meta", build)
+        monkeypatch.setattr(module, "build_on_meta", build)
         rk.compress(mixtral, tmp_path / "out", progress=False)
         request.getfixturevalue("no_work")
         return build(*arguments)
 
-    monkeypatch.setattr(module, "_build_on_meta", slow)
+    monkeypatch.setattr(module, "build_on_meta", slow)
     rk.compress(mixtral, tmp_path / "out", progress=False)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
