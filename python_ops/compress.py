@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from resmoe_kernels.python_ops.calibrate import DEFAULT_TOKENS, check_moments, collect, origin_of, windows
+from resmoe_kernels.python_ops.calibration_data import calibration_data
 from resmoe_kernels.python_ops.checkpoint import (
     INDEX,
     SINGLE,
@@ -40,7 +40,7 @@ from resmoe_kernels.python_ops.hf_quantizer import FORMAT_VERSION, QUANT_METHOD,
 from resmoe_kernels.python_ops.layer import PART_ROUTER
 from resmoe_kernels.python_ops.layouts import ExpertsModule, select_layers
 from resmoe_kernels.python_ops.methods import Chain, Compressed, Method, method_named
-from resmoe_kernels.python_ops.statistics import MOMENTS, LayerStatistics, Statistics
+from resmoe_kernels.python_ops.statistics import LayerStatistics
 from resmoe_kernels.python_ops.workers import check_memory, check_workers, in_processes, on_ray
 
 _log = logging.getLogger("resmoe_kernels")
@@ -90,7 +90,10 @@ def compress(
     check_workers(engine, workers)
     chosen_method = method_named(method, settings)
     source, target = Checkpoint(model), Path(out).resolve()
-    data = _calibration_data(chosen_method, source, calibration, calibration_tokens, moments)
+    fingerprint = _fingerprint(source)
+    data = calibration_data(
+        chosen_method, source.folder, fingerprint, calibration, calibration_tokens, moments, trust_remote_code
+    )
     fingerprint = _fingerprint(source)
     job = {
         "source": fingerprint,
@@ -257,71 +260,6 @@ def _finish(source: Checkpoint, job: dict[str, Any], specs: list[Path], folder: 
     # The second key makes a load without this package fail, see hf_quantizer.
     config = {**source.config, "quantization_config": quantization, "experts_implementation": QUANT_METHOD}
     write_json(config, folder / "config.json")
-
-
-# ---- calibration
-
-
-@dataclasses.dataclass(frozen=True)
-class _CalibrationData:
-    """Where a method's statistics come from: nowhere, a file of them, or a text's tokens."""
-
-    described: dict[str, Any]
-    loaded: Statistics | None = None
-    token_ids: Tensor | None = None
-    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
-    name: str = ""
-
-    def statistics(self, model: DenseModel, folder: Path, progress: bool) -> Statistics | None:
-        if self.token_ids is None:
-            return self.loaded
-        file = folder / self.name
-        if file.is_file():
-            _log.info("calibration: %s is there already and used again", file)
-            return Statistics.load(file)
-        made = collect(
-            model,
-            self.token_ids,
-            moments=self.origin["moments"],
-            fingerprint=self.origin["model"],
-            progress=progress,
-        )
-        made.save(file)
-        return made
-
-
-def _calibration_data(
-    method: Method | Chain,
-    source: Checkpoint,
-    calibration: str | os.PathLike[str] | None,
-    tokens: int | None,
-    moments: str | None,
-) -> _CalibrationData:
-    given = [n for n, v in (("calibration", calibration), ("calibration_tokens", tokens), ("moments", moments)) if v]
-    if not method.needs_statistics:
-        if given:
-            raise ValueError(f"{given[0]}: {method.name} uses no calibration with these settings; leave it out")
-        return _CalibrationData({})
-    if calibration is None:
-        raise ValueError(f"calibration: {method.name} needs a text to see how the experts are used; name a UTF-8 file")
-    fingerprint = _fingerprint(source)
-    if Path(calibration).suffix == ".safetensors":
-        if len(given) > 1:
-            raise ValueError(f"{given[1]}: {calibration} holds statistics collected before; leave it out")
-        loaded = Statistics.load(calibration)
-        if loaded.origin["model"] != fingerprint:
-            raise ValueError(f"{calibration}: was collected from another model than {source.folder}; calibrate again")
-        return _CalibrationData({"calibration": loaded.origin}, loaded)
-    from transformers import AutoConfig, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source.folder)
-    token_ids = windows(AutoConfig.from_pretrained(source.folder), tokenizer, calibration, tokens or DEFAULT_TOKENS)
-    moments = moments or MOMENTS[0]
-    check_moments(moments)
-    origin = origin_of(token_ids, fingerprint, moments)
-    hashed = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:12]
-    name = f"{source.folder.resolve().name}-{hashed}.statistics.safetensors"
-    return _CalibrationData({"calibration": origin}, None, token_ids, origin, name)
 
 
 # ---- the folder

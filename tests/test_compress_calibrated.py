@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import resmoe_kernels as rk
-from resmoe_kernels.python_ops import compress as module
+from resmoe_kernels.python_ops import calibration_data as module
 from resmoe_kernels.python_ops.cli import inspect_checkpoint
 from resmoe_kernels.python_ops.routing import RouterChange
 from resmoe_kernels.python_ops.statistics import Statistics
