@@ -31,7 +31,7 @@ class CalibrationData:
     file: str = ""
 
     def statistics(self, model: DenseModel, folder: Path, progress: bool) -> Statistics | None:
-        """Those of the file named; or the text's, from ``folder`` where they are kept, else collected and kept there."""
+        """Those of the file named; or those of the text, kept in ``folder``, where they are collected once."""
         if self.token_ids is None:
             return self.loaded
         kept = folder / self.file
