@@ -187,6 +187,14 @@ def test_bad_input_is_named(tmp_path, repo):
         collect(DenseModel(families.build("switch")), TOKENS)
 
 
+def test_a_model_that_goes_round_its_layers_is_refused():
+    model = families.build("mixtral")
+    model.forward = lambda *_, **__: None
+    with pytest.raises(ValueError, match=r"its forward does not call the layers of model\.layers"):
+        collect(DenseModel(model), TOKENS, progress=False)
+    assert "forward" not in vars(model.model.layers[0])
+
+
 def test_windows_are_whole_and_as_long_as_the_model_allows(tmp_path, repo):
     tokenizer = AutoTokenizer.from_pretrained(repo / "examples" / "tiny-mixtral")
     text = tmp_path / "text.txt"

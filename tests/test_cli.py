@@ -464,6 +464,8 @@ def test_compress_with_bad_settings(flags, words, run, dense, tmp_path):
     [
         (["--retain", "much"], ["--retain: must be float, got 'much'"]),
         (["--retain=much"], ["--retain: must be float, got 'much'"]),
+        (["--method", "mc-smoe", "--groups", "two"], ["--groups: must be int or none, got 'two'"]),
+        (["--method", "mc-smoe", "--align", "maybe"], ["--align: must be true or false, got 'maybe'"]),
         (["--rank", "3"], ["--rank: not a setting of resmoe; known are --residual, --retain"]),
         (["--retain"], ["--retain: needs a value"]),
         (["more"], ["compress: got the word 'more', expected --name value"]),

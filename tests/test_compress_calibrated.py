@@ -151,6 +151,12 @@ def test_calibration_arguments_that_do_not_fit(dense, calibrated, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"empty.txt", "s.safetensors"}
 
 
+def test_statistics_of_parts_are_not_there(calibrated, tmp_path):
+    with pytest.raises(ValueError, match="moe-i2 needs statistics of the experts it compresses, and those of parts"):
+        calibrated(tmp_path / "out", method="xmoe+moe-i2", parts=4, part_mass=0.9)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_experts_that_no_token_reached_are_named(calibrated, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "resmoe_kernels"):
         calibrated(tmp_path / "out", **{**MERGE, "calibration_tokens": 2})
