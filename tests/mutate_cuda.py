@@ -157,7 +157,9 @@ def tests_of(fault: Fault) -> list[str]:
 
 def compiler(folder: Path, sanitizer: str) -> list[str]:
     command = ["g++", "-std=c++20", "-O1", "-g1", f"-I{folder}", f"-I{REPO / 'tests' / 'cpp'}"]
-    command += ["-isystem", str(header_folders()[0]), "-DRESMOE_EMULATE_CUDA", "-Wno-unknown-pragmas"]
+    # The second has what triton's headers, where they are the only ones, lack.
+    command += ["-isystem", str(header_folders()[0]), "-isystem", str(REPO / "tests" / "cpp" / "host_headers")]
+    command += ["-DRESMOE_EMULATE_CUDA", "-Wno-unknown-pragmas"]
     return [*command, f"-fsanitize={sanitizer}"] if sanitizer else command
 
 
