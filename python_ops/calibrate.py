@@ -11,10 +11,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from resmoe_kernels.activations import activate
-from resmoe_kernels.factored import DenseExperts
 from resmoe_kernels.python_ops.dense_model import DenseModel
 from resmoe_kernels.python_ops.evaluate import encode, read_text
+from resmoe_kernels.python_ops.expert_outputs import expert_output, hidden_activations
 from resmoe_kernels.python_ops.statistics import MOMENTS, LayerStatistics, Statistics
 
 WINDOW_CAP = 512  # MC-SMoE's
@@ -142,7 +141,7 @@ class _Collector:
 
     def _of_expert(self, e: int, x: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         token, slot = (index == e).nonzero(as_tuple=True)
-        h = hidden_activations(self.experts, e, x[token], self.activation)
+        h = hidden_activations(self.experts, e, x[token].to(self.experts.gate_up.dtype), self.activation)
         output = expert_output(self.experts, e, h)
         norm = (output.float().norm(dim=-1).double() * weight[token, slot].double()).sum()
         return self._moment(h), output.float().sum(0), norm
@@ -158,17 +157,3 @@ class _Collector:
         samples = {f"sample_{name}": torch.cat(parts) for name, parts in self.samples.items()}
         tensors = {name: tensor.cpu() for name, tensor in (self.sums | samples).items()}
         return LayerStatistics(**tensors, tokens=self.seen)
-
-
-def hidden_activations(experts: DenseExperts, e: int, x: Tensor, activation: str) -> Tensor:
-    """h_e of tokens x (T, H): (T, I), in the experts' dtype."""
-    z = x.to(experts.gate_up.dtype) @ experts.gate_up[e].T
-    if experts.bias_gate_up is not None:
-        z = z + experts.bias_gate_up[e]
-    return activate(z, activation, experts.gated)
-
-
-def expert_output(experts: DenseExperts, e: int, h: Tensor) -> Tensor:
-    """f_e of tokens with hidden activations h (T, I): (T, H), in the experts' dtype."""
-    y = h @ experts.down[e].T
-    return y if experts.bias_down is None else y + experts.bias_down[e]

@@ -112,15 +112,21 @@ def expert_outputs(
     step = max(1, _OUTPUT_BYTES // (4 * count * experts.hidden_size))
     for tokens, into in zip(x.split(step), gram.split(step), strict=True):
         there = tokens.to(experts.gate_up.device, torch.float32)
-        outputs = torch.stack([_run(experts, e, there, activation) for e in range(count)], dim=1)
+        hidden = (hidden_activations(experts, e, there, activation) for e in range(count))
+        outputs = torch.stack([expert_output(experts, e, h) for e, h in enumerate(hidden)], dim=1)
         into.copy_(outputs @ outputs.transpose(1, 2))
     return ExpertOutputs(gram, logits.float(), scoring, masked, bias)
 
 
-def _run(experts: DenseExperts, e: int, x: Tensor, activation: str) -> Tensor:
-    """Expert e on x (tokens, H) float32."""
-    z = x @ experts.gate_up[e].float().T
+def hidden_activations(experts: DenseExperts, e: int, x: Tensor, activation: str) -> Tensor:
+    """h_e of tokens x (T, H): (T, I), computed in the dtype of x."""
+    z = x @ experts.gate_up[e].to(x.dtype).T
     if experts.bias_gate_up is not None:
-        z += experts.bias_gate_up[e].float()
-    y = activate(z, activation, experts.gated) @ experts.down[e].float().T
-    return y if experts.bias_down is None else y + experts.bias_down[e].float()
+        z = z + experts.bias_gate_up[e].to(x.dtype)
+    return activate(z, activation, experts.gated)
+
+
+def expert_output(experts: DenseExperts, e: int, h: Tensor) -> Tensor:
+    """f_e of tokens with hidden activations h (T, I): (T, H), computed in the dtype of h."""
+    y = h @ experts.down[e].to(h.dtype).T
+    return y if experts.bias_down is None else y + experts.bias_down[e].to(h.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from resmoe_kernels.factored import DenseExperts
-from resmoe_kernels.python_ops.calibrate import hidden_activations
+from resmoe_kernels.python_ops.expert_outputs import hidden_activations
 from resmoe_kernels.python_ops.factorize import one_thread
 
 CLUSTER_TOKENS = 512  # of an expert, for the profiles of its neurons; 4096 cluster no better
@@ -70,7 +70,8 @@ def co_active(experts: DenseExperts, e: int, x: Tensor, activation: str, parts: 
 
     x: (S, H), tokens of that expert. Returns (I,) int64. Deterministic.
     """
-    h = hidden_activations(experts, e, _spread(x, CLUSTER_TOKENS), activation).float()
+    x = _spread(x, CLUSTER_TOKENS).to(experts.gate_up.dtype)
+    h = hidden_activations(experts, e, x, activation).float()
     profiles = (h.abs() * experts.down[e].float().norm(dim=0)).sqrt().T.contiguous()
     return equal_clusters(profiles, parts).argsort(stable=True)
 
@@ -134,7 +135,7 @@ def rows_from_tokens(parts: DenseExperts, numbers: range, x: Tensor, activation:
     x = _spread(x, FIT_TOKENS)
     norms = []
     for j in numbers:
-        h = hidden_activations(parts, j, x, activation).float()
+        h = hidden_activations(parts, j, x.to(parts.gate_up.dtype), activation).float()
         norms.append((h @ parts.down[j].float().T).norm(dim=1))
     logs = torch.stack(norms, 1).clamp_min(torch.finfo(torch.float32).tiny).log()
     return _ridge(x.float(), logs - logs.mean(1, keepdim=True)).T.contiguous()

@@ -178,12 +178,9 @@ def check_settings(
     seed: int,
 ) -> None:
     """Raises what ``moe_i2`` would raise for its settings, before there are experts to compress."""
-    for argument, value, known in (
-        ("allocation", allocation, ALLOCATIONS),
-        ("search", search, SEARCHES),
-        ("masked", masked, MASKED),
-    ):
-        check_known(argument, value, known)
+    check_known("allocation", allocation, ALLOCATIONS)
+    check_known("search", search, SEARCHES)
+    check_known("masked", masked, MASKED)
     if not 0 <= prune < 1:
         raise ValueError(f"prune: must be in [0, 1), got {prune}")
     if not 0 < retain <= 1:

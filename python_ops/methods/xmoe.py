@@ -184,8 +184,8 @@ def check_settings(
     if experts_per_token is not None and not experts_per_token >= 1:
         raise ValueError(f"experts_per_token: must be at least 1, got {experts_per_token}")
     RouterChange(parts=parts, part_mass=part_mass)
-    for name, value, known in (("split", split, SPLITS), ("part_router", part_router, SOURCES)):
-        check_known(name, value, known)
+    check_known("split", split, SPLITS)
+    check_known("part_router", part_router, SOURCES)
     if parts_per_token is not None and part_mass < 1:
         raise ValueError(
             f"part_mass: is what parts_per_token calibrates; give one, got {part_mass} and {parts_per_token}"

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cuda/low_rank_decode.cuh"
+#include "plain_activation.h"
 
 inline float bfloat16(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 
@@ -164,25 +165,6 @@ inline Memory::Memory(const Case& c) : index(c.index()), weights(c.weights()) {
   workspace.begin = workspace_memory.data() + (256 - address % 256) % 256;
   call.workspace = workspace.begin;
   call.y = y.data();
-}
-
-inline double applied(resmoe::cuda::Function f, double z) {
-  using resmoe::cuda::Function;
-  switch (f) {
-    case Function::silu:
-      return z / (1 + std::exp(-z));
-    case Function::gelu:
-      return 0.5 * z * (1 + std::erf(z / std::sqrt(2.0)));
-    case Function::gelu_tanh:
-      return 0.5 * z * (1 + std::tanh(std::sqrt(2 / 3.14159265358979) * (z + 0.044715 * z * z * z)));
-    case Function::relu:
-      return std::max(z, 0.0);
-    case Function::relu2:
-      return std::max(z, 0.0) * std::max(z, 0.0);
-    case Function::identity:
-      break;
-  }
-  return z;
 }
 
 inline std::vector<double> Case::expected() const {

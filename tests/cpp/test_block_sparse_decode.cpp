@@ -11,6 +11,7 @@
 #include "check.h"
 #include "cuda/block_sparse_scatter.cuh"
 #include "cuda/block_sparse_walk.cuh"
+#include "plain_activation.h"
 
 namespace {
 
@@ -121,24 +122,6 @@ struct Matrix {
     return out;
   }
 };
-
-double applied(Function f, double z) {
-  switch (f) {
-    case Function::silu:
-      return z / (1 + std::exp(-z));
-    case Function::gelu:
-      return 0.5 * z * (1 + std::erf(z / std::sqrt(2.0)));
-    case Function::gelu_tanh:
-      return 0.5 * z * (1 + std::tanh(std::sqrt(2 / 3.14159265358979) * (z + 0.044715 * z * z * z)));
-    case Function::relu:
-      return std::max(z, 0.0);
-    case Function::relu2:
-      return std::max(z, 0.0) * std::max(z, 0.0);
-    case Function::identity:
-      break;
-  }
-  return z;
-}
 
 // A layer in memory, a call of it, and what must come out.
 template <typename T>
