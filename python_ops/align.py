@@ -10,15 +10,14 @@ bias of down belongs to outputs, not to neurons. An expert is the same function 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from resmoe_kernels.factored import DenseExperts
+from resmoe_kernels.python_ops.assignment import assign, import_or_say
 
 INITS = ("first", "mean")
 SOLVERS = ("assignment", "pot")
@@ -63,27 +62,6 @@ def split_design(design: Tensor, like: DenseExperts) -> tuple[Tensor, Tensor, Te
     columns = design.split([like.hidden_size] * (halves + 1) + [1] * biases, dim=1)
     bias = torch.cat(columns[halves + 1 :]).squeeze(1) if biases else None
     return torch.cat(columns[:halves]), columns[halves].T.contiguous(), bias
-
-
-def assign(target: Tensor, source: Tensor, current: Tensor | None = None) -> Tensor:
-    """The permutation that brings ``source`` nearest to ``target``, exactly.
-
-        pi = argmin sum_i ||target_i - source_pi(i)||^2 = argmax sum_i <target_i, source_pi(i)>
-
-    The squared norms of the rows are the same for every permutation, so the inner products decide.
-
-    target, source: (I, D) float
-    current: (I,) int64, optional: returned as it is unless another permutation is strictly better, so that
-        equally good ones cannot alternate for ever
-    Returns (I,) int64.
-    """
-    score = (target @ source.T).cpu().numpy()
-    rows, best = _import("scipy.optimize").linear_sum_assignment(score, maximize=True)
-    if current is not None:
-        gain = score[rows, best].sum(dtype="float64") - score[rows, current].sum(dtype="float64")
-        if gain <= 0:
-            return current
-    return torch.from_numpy(best)
 
 
 def barycenter(
@@ -186,7 +164,7 @@ def _alternate(
 def _free_support(
     experts: DenseExperts, center: Tensor, permutations: Tensor, max_iter: int, progress: Progress | None
 ) -> tuple[Tensor, int, bool]:
-    ot, threshold = _import("ot"), 1e-14
+    ot, threshold = import_or_say("ot"), 1e-14
     designs = [design_matrix(experts, e) for e in range(experts.num_experts)]
     uniform = torch.full((experts.intermediate_size,), 1 / experts.intermediate_size, dtype=torch.float64)
     atoms, log = ot.lp.free_support_barycenter(
@@ -203,13 +181,3 @@ def _free_support(
     target = torch.from_numpy(atoms).to(center)
     permutations = torch.stack([assign(target, d, p) for d, p in zip(designs, permutations, strict=True)])
     return permutations, len(moved), bool(moved[-1] <= threshold)
-
-
-def _import(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        package = {"ot": "POT"}.get(name, name.partition(".")[0])
-        raise ValueError(
-            f'{package}: alignment needs it, it is not installed; run: pip install "resmoe_kernels[compress]"'
-        ) from error

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resmoe_kernels.factored import DenseExperts
-from resmoe_kernels.python_ops.align import Progress, assign, design_matrix, squared_norm
+from resmoe_kernels.python_ops.align import Progress, design_matrix, squared_norm
+from resmoe_kernels.python_ops.assignment import assign
 from resmoe_kernels.python_ops.statistics import LayerStatistics
 
 SIMILARITIES = ("router-logits", "weights", "outputs")

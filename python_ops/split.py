@@ -12,7 +12,7 @@ from torch import Tensor
 
 from resmoe_kernels.factored import DenseExperts
 from resmoe_kernels.python_ops.expert_outputs import hidden_activations
-from resmoe_kernels.python_ops.factorize import one_thread
+from resmoe_kernels.python_ops.svd import one_thread
 
 CLUSTER_TOKENS = 512  # of an expert, for the profiles of its neurons; 4096 cluster no better
 FIT_TOKENS = 2048  # for the part router; on a dense layer's 576 inputs 64 do nearly as well

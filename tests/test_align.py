@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from resmoe_kernels.factored import DenseExperts
-from resmoe_kernels.python_ops.align import assign, barycenter, design_matrix, mean_cosine, split_design
+from resmoe_kernels.python_ops.align import barycenter, design_matrix, mean_cosine, split_design
 
 
 def make_experts(count=4, hidden=6, inter=8, gated=True, bias=False, seed=0, dtype=torch.float32):
@@ -95,21 +95,6 @@ def test_permuting_neurons_leaves_the_function_unchanged(gated, bias):
     got = expert_function(gate_up, down, bias_gate_up, bias_down, gated, x)
     assert not torch.equal(gate_up, experts.gate_up[1])
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-
-
-def test_assign_is_the_best_of_all_permutations():
-    generator = torch.Generator().manual_seed(5)
-    target, source = torch.randn(6, 3, generator=generator), torch.randn(6, 3, generator=generator)
-    cost = {p: float((target - source[list(p)]).square().sum()) for p in itertools.permutations(range(6))}
-    assert tuple(assign(target, source).tolist()) == min(cost, key=cost.__getitem__)
-
-
-def test_assign_keeps_the_current_order_among_equals():
-    twins = torch.ones(4, 3)  # every permutation is as good
-    current = torch.tensor([2, 0, 3, 1])
-    assert torch.equal(assign(twins, twins, current), current)
-    apart = torch.eye(4)
-    assert torch.equal(assign(apart, apart, current), torch.arange(4))
 
 
 @pytest.mark.parametrize(("gated", "bias"), FORMS)

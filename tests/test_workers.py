@@ -19,7 +19,7 @@ import torch
 
 import resmoe_kernels as rk
 from resmoe_kernels.python_ops import workers
-from resmoe_kernels.python_ops.factorize import truncated_svd
+from resmoe_kernels.python_ops.svd import truncated_svd
 from resmoe_kernels.python_ops.workers import in_processes, on_ray
 
 pytestmark = pytest.mark.usefixtures("one_thread")
