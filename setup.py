@@ -217,6 +217,7 @@ def main() -> None:
         "resmoe_kernels._C",
         sources=[
             "csrc/bindings.cpp",
+            "csrc/cpu/assignment.cpp",
             "csrc/cpu/experts.cpp",
             "csrc/cpu/isa.cpp",
             "csrc/cpu/packed.cpp",

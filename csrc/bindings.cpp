@@ -17,6 +17,7 @@
 #include <tuple>
 #include <vector>
 
+#include "assignment.h"
 #include "cpu/isa.h"
 #include "cuda/decode_call.h"
 #ifdef RESMOE_CUDA
@@ -643,6 +644,24 @@ Tensor decode(Arguments& arguments) {
 }
 #endif
 
+// ---- assignment
+
+std::tuple<Tensor, Tensor, double, double> assignment(Tensor score, Tensor prices, bool exact) {
+  const int64_t n = score.dim() == 2 ? score.size(0) : -1;
+  if (n < 0 || score.size(1) != n || score.scalar_type() != ScalarType::Float || !score.is_contiguous())
+    refuse("score: must be (n, n) contiguous float32, got ", shown(score));
+  if (prices.dim() != 1 || prices.size(0) != n || prices.scalar_type() != ScalarType::Double || !prices.is_contiguous())
+    refuse("prices: must be (", n, ",) contiguous float64, got ", shown(prices));
+  const Tensor columns = torch::stable::empty({n}, ScalarType::Long);
+  const Tensor final_prices = torch::stable::empty({n}, ScalarType::Double);
+  auto* const to = static_cast<double*>(final_prices.mutable_data_ptr());
+  std::copy_n(static_cast<const double*>(prices.const_data_ptr()), n, to);
+  const resmoe::Assignment found =
+      resmoe::assign(static_cast<const float*>(score.const_data_ptr()), n, to,
+                     static_cast<int64_t*>(columns.mutable_data_ptr()), exact, parallel_for);
+  return {columns, final_prices, found.value, found.gap};
+}
+
 // ---- what this library is
 
 std::string cpu_isa() { return resmoe::name(resmoe::chosen()); }
@@ -661,6 +680,7 @@ STABLE_TORCH_LIBRARY_IMPL(resmoe, CPU, m) {
   m.impl("pack", &boxed<pack, kFormArguments>);
   m.impl("unpack", TORCH_BOX(&unpack));
   m.impl("experts_packed", TORCH_BOX(&experts_packed));
+  m.impl("assignment", TORCH_BOX(&assignment));
 }
 
 #ifdef RESMOE_CUDA

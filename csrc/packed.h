@@ -21,7 +21,8 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
+
+#include "parallel.h"
 
 namespace resmoe {
 
@@ -109,10 +110,6 @@ struct Factored {
   int64_t rows(bool down_matrix) const { return down_matrix ? hidden : (gated ? 2 : 1) * intermediate; }
   int64_t columns(bool down_matrix) const { return down_matrix ? intermediate : hidden; }
 };
-
-// Calls body(begin, end) for parts of [0, count), on as many threads as the caller likes. body does not
-// throw.
-using ParallelFor = std::function<void(int64_t count, const std::function<void(int64_t, int64_t)>& body)>;
 
 // Bytes of the block of this layer.
 // Both throw std::invalid_argument, naming the tensor, the rule and what came, where contents would lead a

@@ -44,7 +44,8 @@ def _op(name: str) -> Callable:
     return getattr(torch.ops.resmoe, f"{name}_reference" if _forced == "reference" else name)
 
 
-def _has_cpu_kernel(op: str) -> bool:
+def has_cpu_kernel(op: str) -> bool:
+    """Whether the extension, where it is built, has this op."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"resmoe::{op}", "CPU")
 
 
@@ -61,7 +62,7 @@ def interprets() -> bool:
 def _missing(backend: str) -> str | None:
     """Why a backend cannot run anything here, None if it can."""
     if backend == "cpu":
-        return None if _has_cpu_kernel("experts_packed") else "the C++ extension is not built"
+        return None if has_cpu_kernel("experts_packed") else "the C++ extension is not built"
     if backend == "cuda":
         if not torch._C._dispatch_has_kernel_for_dispatch_key("resmoe::low_rank_decode", "CUDA"):
             return "the C++ extension is built without CUDA kernels"
@@ -147,7 +148,7 @@ def explain(weights: FactoredExperts | PackedExperts | torch.nn.Module, activati
         return f"resmoe::experts on {device}: cpu ({cpu_isa()}{anew})"
     lines = [f"resmoe::experts on {device}: {runs}"]
     if any(name.startswith("mask") for name in form.tensors()):
-        compiled = device == "cpu" and _has_cpu_kernel("expand_sparse") and _forced != "reference"
+        compiled = device == "cpu" and has_cpu_kernel("expand_sparse") and _forced != "reference"
         lines.append(f"resmoe::expand_sparse on {device}: {'cpu' if compiled else runs}")
     return "\n".join(lines)
 
@@ -202,6 +203,7 @@ def _elsewhere(device: str, packed: bool) -> str | None:
 _lib.define("cpu_isa() -> str")
 _lib.define("build_info() -> str")
 _lib.define("decode_limits() -> int[]")  # see experts_cuda.limits
+_lib.define("assignment(Tensor score, Tensor prices, bool exact) -> (Tensor, Tensor, float, float)")
 
 
 def cpu_isa() -> str:
@@ -594,7 +596,7 @@ if _extension:
     torch.ops.load_library(str(_extension[0]))
 else:
     _log.warning("resmoe_kernels: the C++ extension is not built; every op runs on the plain PyTorch reference")
-if _has_cpu_kernel("experts_packed") or interprets():
+if has_cpu_kernel("experts_packed") or interprets():
     _lib.impl("experts", _experts_on_cpu, "CPU")
 _lib.impl("experts", _experts_on_gpu, "CUDA")
 _forced = _checked(os.environ.get("RESMOE_BACKEND", "auto"))
