@@ -10,7 +10,7 @@
 // worse off than they need be, go along shortest augmenting paths (Jonker and Volgenant, 1987), which ends at a bound
 // equal to the value. Prices only rise. So the few columns that are best for a row when it is first read stay
 // ahead of all others until their prices have risen past the best of those, and what would be a walk over n columns is
-// one over 64: the matrix is read about once. 14336 x 14336 normal numbers take 0.7 s, scipy's solver 25 s.
+// one over 64: the matrix is read about once. 8192 x 8192 normal numbers take 0.2 s of processor time.
 #pragma once
 
 #include <cstdint>

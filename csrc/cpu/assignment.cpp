@@ -14,7 +14,7 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int32_t kNone = -1;
 constexpr uint32_t kLargest = (120 + 127) << 23;  // the bits of 2^120: differences of smaller numbers are finite
 constexpr int64_t kListed = 64;  // columns a row knows: 32 are read anew more often, 128 take longer to bid over
-constexpr int64_t kSampled = 1024;
+constexpr int64_t kSampled = 256;
 // The steps of two auctions, as parts of a row's lead: how far its second column is ahead of the last listed one. With the
 // second step alone weights of a trained model took a third longer; with the first alone, rows of very uneven norms 30 times
 // as long, because what an auction leaves undone goes to the paths.
@@ -119,12 +119,12 @@ class Lists {
     return choice;
   }
 
-  // Columns that include the best kListed + 1, by a threshold from a sample: partitioning all n takes 5 times as long.
+  // Columns that include the best kListed + 1, by a threshold from a sample: partitioning all n takes longer.
   int64_t prefilter(const float* values, int32_t* columns) const {
     float sample[kSampled];
     const int64_t count = std::min(n_, kSampled);
     for (int64_t k = 0; k < count; ++k) sample[k] = values[k * n_ / count];
-    const int64_t rank = std::min(count - 1, 2 * kListed * count / n_ + 2);
+    const int64_t rank = std::min(count - 1, 3 * kListed * count / n_ + 4);
     std::nth_element(sample, sample + rank, sample + count, std::greater<float>());
     int64_t found = 0;
     for (int64_t j = 0; j < n_; ++j) {
@@ -162,8 +162,8 @@ class Solver {
     return std::find(finite.begin(), finite.end(), 0) == finite.end();
   }
 
-  // Rows bid for their best column what makes it worse than their second by a part of their lead, and drive out
-  // who had it.
+  // Rows take their best column. One that is another row's they make dearer, until it is worse for them than their
+  // second by a part of their lead, and drive that row out.
   void auction(double part) {
     std::vector<int32_t> waiting;
     for (int64_t row = n_; row-- > 0;)
@@ -172,8 +172,8 @@ class Solver {
       const int32_t row = waiting.back();
       waiting.pop_back();
       const Choice choice = lists_.choose(row, scratch_);
-      prices_[choice.column] += choice.best - choice.second + part * lead_[row];
       const int32_t driven_out = owner_[choice.column];
+      if (driven_out != kNone) prices_[choice.column] += choice.best - choice.second + part * lead_[row];
       owner_[choice.column] = row;
       column_[row] = choice.column;
       if (driven_out != kNone) {
@@ -323,7 +323,7 @@ class Solver {
   std::vector<int32_t> from_;     // of a column: the row from which it was reached
   std::vector<char> reached_;     // of a column: its distance is final
   std::vector<double> worth_;     // of a row: what its edges are measured against
-  std::vector<int32_t> missed_;  // of a row: how often its list was too short since it was read
+  std::vector<int32_t> missed_;   // of a row: how often its list was too short since it was read
   std::vector<int32_t> touched_;
   double nearest_free_ = kInfinity;  // the shortest path so far,
   int32_t free_column_ = kNone;      // and where it ends
