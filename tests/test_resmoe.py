@@ -188,7 +188,7 @@ def test_stacked_is_nearest_on_a_trained_model_at_equal_bytes(trained):
 def test_alignment_pays_where_neurons_are_shuffled():
     report = resmoe(make_experts()).report
     assert report.cosine_before < 0.1 and report.cosine_after > 0.7
-    assert report.converged and report.iterations >= 2
+    assert report.converged and report.iterations >= 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -329,7 +329,7 @@ def test_block_rounds_retain_down_to_what_the_layout_has(retain, kept):
         ({"factorization": "cp"}, r"^factorization: must be one of stacked, separate, joint, got 'cp'$"),
         ({"sparse_layout": "csr"}, r"^sparse_layout: must be one of block, bitmap, got 'csr'$"),
         ({"solver": "emd"}, r"^solver: must be one of assignment, pot, got 'emd'$"),
-        ({"init": "last"}, r"^init: must be one of first, mean, got 'last'$"),
+        ({"init": "last"}, r"^init: must be one of progressive, mean, got 'last'$"),
         ({"retain": 1.5}, r"^retain: must be in \(0, 1\], got 1.5$"),
         ({"retain": 0}, r"^retain: must be in \(0, 1\], got 0$"),
         ({"retain": float("nan")}, r"^retain: must be in \(0, 1\], got nan$"),
@@ -366,6 +366,7 @@ def test_the_report_is_json():
 
 def test_progress_is_told_of_both_phases():
     said: list[str] = []
-    report = resmoe(make_experts(), progress=said.append).report
-    assert len(said) == 3 * report.iterations + 3
+    resmoe(make_experts(), progress=said.append)
+    assert [phrase.partition(":")[0] for phrase in said] == ["align"] * (len(said) - 3) + ["residual"] * 3
+    assert len(said) > 3
     assert said[-1] == "residual: expert 3 of 3"
