@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from math import prod
 from pathlib import Path
@@ -242,8 +243,8 @@ def env_command() -> None:
 
 
 def inspect_checkpoint(folder: str | Path) -> list[dict[str, Any]]:
-    """One row per compressed layer: path, form, ranks, density, bytes dense and now, error at compression,
-    and what differs in its router.
+    """One row per compressed layer: path, form, ranks, density, the share of each matrix's parameters that is kept
+    beside the base, bytes dense and now, error at compression, and what differs in its router.
 
     Read from config.json. Raises ValueError if the folder is not a whole factored checkpoint.
     """
@@ -256,7 +257,12 @@ def inspect_checkpoint(folder: str | Path) -> list[dict[str, Any]]:
         raise ValueError(f"{folder}: not a factored checkpoint (no quantization_config of method {QUANT_METHOD!r})")
     layers = ResMoEConfig(**stored).layers
     check_complete(layers, checkpoint.shard_of)
-    return [_inspect_layer(path, spec) for path, spec in layers.items()]
+    return inspect_layers(layers)
+
+
+def inspect_layers(specs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The same of the layers that a config describes, by path."""
+    return [_inspect_layer(path, spec) for path, spec in specs.items()]
 
 
 def _inspect_layer(path: str, spec: dict[str, Any]) -> dict[str, Any]:
@@ -266,7 +272,8 @@ def _inspect_layer(path: str, spec: dict[str, Any]) -> dict[str, Any]:
 
     weights = described_weights(spec)
     tensors = weights.tensors()
-    dense_count = weights.num_experts * sum(prod(weights.rows_columns(m)) for m in MATRICES)
+    dense_counts = {m: weights.num_experts * prod(weights.rows_columns(m)) for m in MATRICES}
+    dense_count = sum(dense_counts.values())
     parts = []
     if weights.base_gate_up is not None:
         parts.append(f"base x{len(weights.base_gate_up)}")
@@ -277,7 +284,8 @@ def _inspect_layer(path: str, spec: dict[str, Any]) -> dict[str, Any]:
     if weights.values_gate_up is not None:
         density = sum(tensors[f"values_{m}"].numel() for m in MATRICES) / dense_count
         bitmap = weights.row_offsets_gate_up is not None
-        parts.append("bitmap" if bitmap else f"block {weights.values_gate_up.shape[-1]}:32")
+        of_32 = dict.fromkeys(str(tensors[f"values_{m}"].shape[-1]) for m in MATRICES)
+        parts.append("bitmap" if bitmap else f"block {'/'.join(of_32)}:32")
     # The dense layer in the dtype of the factors; biases are the same in both.
     width = max(t.element_size() for t in tensors.values() if t.is_floating_point())
     return {
@@ -285,6 +293,7 @@ def _inspect_layer(path: str, spec: dict[str, Any]) -> dict[str, Any]:
         "form": " + ".join(parts),
         "mean_rank": rank or None,
         "density": density,
+        "kept": {m: sum(t.numel() for t in _residual(tensors, m)) / n for m, n in dense_counts.items()},
         "bytes_dense": dense_count * width + weights.nbytes_by_part()["bias"],
         "bytes_now": weights.nbytes(),
         "relative_error": spec["report"]["relative_error"],
@@ -292,9 +301,22 @@ def _inspect_layer(path: str, spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _residual(tensors: dict[str, Any], matrix: str) -> list[Any]:
+    return [tensors[name] for stem in ("u", "v", "values") if (name := f"{stem}_{matrix}") in tensors]
+
+
 def _print_inspection(rows: list[dict[str, Any]]) -> None:
     table = Table(
-        "layer", "form", "mean rank gate_up/down", "density", "bytes dense", "now", "ratio", "relative error", "router"
+        "layer",
+        "form",
+        "mean rank gate_up/down",
+        "density",
+        "kept of gate_up/down",
+        "bytes dense",
+        "now",
+        "ratio",
+        "relative error",
+        "router",
     )
     for row in rows:
         rank, density = row["mean_rank"], row["density"]
@@ -303,6 +325,7 @@ def _print_inspection(rows: list[dict[str, Any]]) -> None:
             row["form"],
             "-" if rank is None else "/".join(f"{r:g}" for r in rank.values()),
             "-" if density is None else f"{density:.3f}",
+            "/".join(f"{share:.3f}" for share in row["kept"].values()),
             f"{row['bytes_dense']:,}",
             f"{row['bytes_now']:,}",
             f"{row['bytes_now'] / row['bytes_dense']:.3f}",
@@ -310,7 +333,7 @@ def _print_inspection(rows: list[dict[str, Any]]) -> None:
             row["router"],
         )
     dense, now = (sum(row[key] for row in rows) for key in ("bytes_dense", "bytes_now"))
-    table.add_row("all", "", "", "", f"{dense:,}", f"{now:,}", f"{now / dense:.3f}", "", "", style="bold")
+    table.add_row("all", "", "", "", "", f"{dense:,}", f"{now:,}", f"{now / dense:.3f}", "", "", style="bold")
     _print(table)
 
 

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from resmoe_kernels.python_ops.calibration_data import calibration_data
@@ -39,6 +39,7 @@ from resmoe_kernels.python_ops.dense_model import DenseModel
 from resmoe_kernels.python_ops.hf_quantizer import FORMAT_VERSION, QUANT_METHOD, layer_spec
 from resmoe_kernels.python_ops.layer import PART_ROUTER
 from resmoe_kernels.python_ops.layouts import ExpertsModule, select_layers
+from resmoe_kernels.python_ops.measured import read_measured, write_measured
 from resmoe_kernels.python_ops.methods import Chain, Compressed, Method, method_named
 from resmoe_kernels.python_ops.statistics import LayerStatistics
 from resmoe_kernels.python_ops.workers import check_memory, check_workers, in_processes, on_ray
@@ -77,8 +78,9 @@ def compress(
         such a file, named here in place of a text, is used as it is
     calibration_tokens: of the text, 65,536 by default;  moments: ``diagonal`` (default) or ``full``, see calibrate
     trust_remote_code: as in transformers, for models that bring their own code
-    workers: layers compressed at a time, to the same bytes; what is decided over all layers, calibration included,
-        comes before and is not shared out. Beyond 1, a script that calls this needs ``if __name__ == "__main__"``
+    workers: layers compressed, and before that measured where settings ask for it, at a time, to the same bytes; what
+        is decided over all layers, calibration included, is not shared out. Beyond 1, a script that calls this needs
+        ``if __name__ == "__main__"``
     engine: ``processes`` of this machine, or tasks on a ``ray`` cluster whose machines see ``model`` and ``out`` under
         the same paths, see on_ray; a layer whose worker is lost is then done again by another
 
@@ -121,38 +123,53 @@ def compress(
     with _work_in(unfinished, job):
         if _is_done(target, job):  # another process was faster, or see above
             return Path(out)
-        folder, specs = unfinished / "checkpoint", unfinished / "layers"
+        folder, specs, measured = (unfinished / name for name in _FOLDERS)
         folder.mkdir(exist_ok=True)
         specs.mkdir(exist_ok=True)
         _carry_over(source, consumed, folder, progress)  # first: what is wrong there should not cost the layers
         numbers = [found.index(experts) for experts in chosen]
         statistics = data.statistics(whole, target.parent, progress)
-        plans = chosen_method.plan(whole, numbers, statistics, progress)
-        layers_to_do = [
-            _Layer(
-                source.folder.resolve(),
-                fingerprint,
-                trust_remote_code,
-                chosen_method,
-                number,
-                plan,
-                None if statistics is None else statistics.layers[found[number].path],
-                folder / file,
-                specs / f"{file}.json",
-            )
-            for number, plan, file in zip(numbers, plans, files, strict=True)
-            if not (folder / file).is_file()
-        ]
-        with tqdm(total=len(chosen), desc="compressing", unit="layer", disable=not progress) as bar:
-            bar.update(len(chosen) - len(layers_to_do))
-            if engine == "ray":
-                on_ray(_compress_layer, layers_to_do, workers, bar.update, layer_bytes)
-            elif workers > 1:
-                in_processes(_compress_layer, layers_to_do, workers, bar.update)
-            else:
-                for layer in layers_to_do:
-                    _compress_layer(layer, whole, bar.set_postfix_str)
-                    bar.update()
+
+        def tasks(plans: Sequence[dict[str, Any]]) -> list[_Layer]:
+            return [
+                _Layer(
+                    source.folder.resolve(),
+                    fingerprint,
+                    trust_remote_code,
+                    chosen_method,
+                    number,
+                    plan,
+                    None if statistics is None else statistics.layers[found[number].path],
+                    measured / file,
+                    folder / file,
+                    specs / f"{file}.json",
+                )
+                for number, plan, file in zip(numbers, plans, files, strict=True)
+            ]
+
+        def run(work: Callable[..., None], to_do: list[_Layer], what: str) -> None:
+            with tqdm(total=len(chosen), desc=what, unit="layer", disable=not progress) as bar:
+                bar.update(len(chosen) - len(to_do))
+                if engine == "ray":
+                    on_ray(work, to_do, workers, bar.update, layer_bytes)
+                elif workers > 1:
+                    in_processes(work, to_do, workers, bar.update)
+                else:
+                    for layer in to_do:
+                        work(layer, whole, bar.set_postfix_str)
+                        bar.update()
+
+        def measure(plans: Sequence[dict[str, Any]]) -> list[dict[str, Tensor]]:
+            measured.mkdir(exist_ok=True)
+            layers = tasks(plans)
+            run(_measure_layer, [layer for layer in layers if read_measured(layer.measured) is None], "measuring")
+            made = [(layer.measured, read_measured(layer.measured)) for layer in layers]
+            if bad := [file for file, tensors in made if tensors is None]:
+                raise OSError(f"{bad[0]}: does not hold what was written to it; check the disk and run this again")
+            return [tensors for _, tensors in made if tensors is not None]
+
+        plans = chosen_method.plan(whole, numbers, statistics, progress, measure)
+        run(_compress_layer, [layer for layer in tasks(plans) if not layer.file.is_file()], "compressing")
         _finish(source, job, sorted(specs.glob("*.json")), folder)
         folder.rename(target)
     return Path(out)
@@ -169,18 +186,30 @@ class _Layer:
     number: int
     plan: dict[str, Any]
     statistics: LayerStatistics | None
+    measured: Path
     file: Path
     spec: Path
+
+
+def _measure_layer(
+    layer: _Layer, whole: DenseModel | None = None, progress: Callable[[str], None] | None = None
+) -> None:
+    experts = (whole or _whole(layer)).read(layer.number)
+    made = layer.method.measure(experts, plan=layer.plan, statistics=layer.statistics, progress=progress)
+    write_measured(made, layer.measured)
 
 
 def _compress_layer(
     layer: _Layer, whole: DenseModel | None = None, progress: Callable[[str], None] | None = None
 ) -> None:
-    if whole is None:
-        dense, reader = _opened(layer.model, layer.fingerprint, layer.trust_remote_code)
-        whole = DenseModel(dense, reader, layer.method.find(dense))
+    whole = whole or _whole(layer)
     made = layer.method(whole.read(layer.number), plan=layer.plan, statistics=layer.statistics, progress=progress)
     _write_layer(made, whole.experts[layer.number].path, layer.file, layer.spec)
+
+
+def _whole(layer: _Layer) -> DenseModel:
+    dense, reader = _opened(layer.model, layer.fingerprint, layer.trust_remote_code)
+    return DenseModel(dense, reader, layer.method.find(dense))
 
 
 @lru_cache(maxsize=1)  # a worker opens the model once
@@ -306,6 +335,7 @@ def _is_done(target: Path, job: dict[str, Any]) -> bool:
 
 
 _LOCK, _JOB = "lock", "job.json"  # of the unfinished folder: the first to come and the last to go
+_FOLDERS = ("checkpoint", "layers", "measured")
 
 
 def _is_empty(unfinished: Path) -> bool:
@@ -345,7 +375,7 @@ def _work_in(unfinished: Path, job: dict[str, Any]) -> Iterator[None]:
 
 def _remove(unfinished: Path) -> None:
     # In this order, so that, killed anywhere, what is left says whose it is and tensors have their spec.
-    for name in ("checkpoint", "layers"):
+    for name in _FOLDERS:
         if (unfinished / name).is_dir():
             shutil.rmtree(unfinished / name)
     for path in (unfinished / _JOB, part_name(unfinished / _JOB), unfinished / _LOCK):

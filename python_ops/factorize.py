@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from resmoe_kernels.python_ops.svd import truncated_svd
+from resmoe_kernels.python_ops.budgets import Curves, buy_blocks
+from resmoe_kernels.python_ops.svd import one_thread, truncated_svd
 
 # e -> the residual of expert e: gate_up (N, H), down (H, I). On demand, so that one is alive at a time.
 Residual = Callable[[int], tuple[Tensor, Tensor]]
@@ -48,70 +49,88 @@ def low_rank(
     objective, squared error over the design matrix, is the paper's.
     """
     factors: dict[str, list[list[tuple[Tensor, Tensor]]]] = {}  # matrix -> expert -> (u, v) of its pieces
-    energies, prices = [], []  # of every expert's matrices in turn
-    parameters = 0
+    energies: dict[str, list[Tensor]] = {}
+    prices, parameters = {}, 0
     for e in range(num_experts):
         gate_up, down = residual(e)
-        hidden = down.shape[0]
         parameters += gate_up.numel() + down.numel()
         for matrix, pieces in _pieces(gate_up, down, factorization, gated).items():
-            price = sum(sum(p.shape) for p in pieces)
-            rank = _offered_rank(pieces, price, retain)
-            triplets = [truncated_svd(p, rank) for p in pieces]
+            prices[matrix] = _block_price(pieces)
+            triplets = [truncated_svd(p, _offered_rank(pieces, retain)) for p in pieces]
             factors.setdefault(matrix, []).append([(u.to(dtype), v.to(dtype)) for u, v, _ in triplets])
-            energy = torch.stack([sigma.square() for _, _, sigma in triplets]).sum(0)
-            energies.append(energy.view(-1, RANK_BLOCK).sum(1))
-            prices.append(price * RANK_BLOCK)
-
-    bought = buy_blocks(energies, prices, math.inf if retain == 1 else retain * parameters)
-    tensors: dict[str, Tensor] = {}
-    for i, (matrix, experts) in enumerate(factors.items()):
-        kept, ends = [], [0]
-        for blocks, pairs in zip(bought[i :: len(factors)], experts, strict=True):
-            rank = RANK_BLOCK * blocks
-            kept += [(u[:rank], v[:rank]) for u, v in pairs]
-            ends.append(ends[-1] + rank * len(pairs))
-        tensors[f"u_{matrix}"], tensors[f"v_{matrix}"] = (torch.cat(rows) for rows in zip(*kept, strict=True))
-        tensors[f"rank_offsets_{matrix}"] = torch.tensor(ends, dtype=torch.int32, device=gate_up.device)
-    if factorization == "joint":
-        v = tensors.pop("v_gate_up")
-        tensors["v_gate_up"], tensors["u_down"] = v[:, :-hidden].contiguous(), v[:, -hidden:].contiguous()
-    return tensors
+            energies.setdefault(matrix, []).append(_by_blocks([sigma.square() for _, _, sigma in triplets]))
+    ranks = _bought_ranks(energies, prices, parameters, retain)
+    kept = {
+        matrix: [[(u[:rank], v[:rank]) for u, v in pairs] for pairs, rank in zip(experts, ranks[matrix], strict=True)]
+        for matrix, experts in factors.items()
+    }
+    return _stored(kept, ranks, factorization, down)
 
 
 def low_rank_at(
-    residual: Residual, ranks: dict[str, Sequence[int]], *, dtype: torch.dtype = torch.float32
+    residual: Residual,
+    ranks: Mapping[str, Sequence[int]],
+    *,
+    factorization: str = "stacked",
+    gated: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """The same, ``stacked``, at given ranks: for each matrix those of its experts, multiples of 16.
+    """The same at given ranks: for each matrix those of its experts, multiples of 16; ``joint`` has gate_up's alone.
 
-    Returns u_gate_up, v_gate_up, rank_offsets_gate_up, u_down, v_down, rank_offsets_down.
+    Returns what ``low_rank`` does.
     """
-    tensors: dict[str, Tensor] = {}
-    kept: dict[str, list[tuple[Tensor, Tensor]]] = {matrix: [] for matrix in ranks}
+    factors: dict[str, list[list[tuple[Tensor, Tensor]]]] = {matrix: [] for matrix in ranks}
     for e, of_expert in enumerate(zip(*ranks.values(), strict=True)):
-        for matrix, weight, rank in zip(ranks, residual(e), of_expert, strict=True):
-            u, v, _ = truncated_svd(weight, rank)
-            kept[matrix].append((u.to(dtype), v.to(dtype)))
-    for matrix, pairs in kept.items():
-        tensors[f"u_{matrix}"], tensors[f"v_{matrix}"] = (torch.cat(rows) for rows in zip(*pairs, strict=True))
-        ends = [0, *itertools.accumulate(ranks[matrix])]
-        tensors[f"rank_offsets_{matrix}"] = torch.tensor(ends, dtype=torch.int32, device=pairs[0][0].device)
-    return tensors
+        gate_up, down = residual(e)
+        pieces = _pieces(gate_up, down, factorization, gated)
+        for matrix, rank in zip(ranks, of_expert, strict=True):
+            triplets = [truncated_svd(p, rank) for p in pieces[matrix]]
+            factors[matrix].append([(u.to(dtype), v.to(dtype)) for u, v, _ in triplets])
+    return _stored(factors, ranks, factorization, down)
 
 
-def buy_blocks(energies: Sequence[Tensor], prices: Sequence[int], budget: float) -> list[int]:
-    """How many blocks of each row to keep: by energy per parameter while they fit, blocks of zeros never.
+def low_rank_curves(
+    residual: Residual, num_experts: int, *, retain: float, factorization: str, gated: bool, width: int
+) -> Curves:
+    """What 16 triplets more gain, to full rank. Eigenvalues alone take a fraction of the time of triplets.
 
-    energies: per row (blocks,) float, descending
-    prices: per row, the parameters of one block;  budget: parameters
+    residual, retain, factorization, gated: see low_rank, whose ranks are the budget;  width: bytes of a parameter
     """
-    offers = [(energy / prices[i], i) for i, row in enumerate(energies) for energy in row.tolist() if energy > 0]
-    bought = [0] * len(prices)
-    for _, i in sorted(offers, key=lambda offer: -offer[0]):
-        if prices[i] <= budget:
-            budget -= prices[i]
-            bought[i] += 1
-    return bought
+    energies: dict[str, list[Tensor]] = {}
+    offered: dict[str, list[Tensor]] = {}
+    prices: dict[str, int] = {}
+    parameters = 0
+    for e in range(num_experts):
+        gate_up, down = residual(e)
+        parameters += gate_up.numel() + down.numel()
+        for matrix, pieces in _pieces(gate_up, down, factorization, gated).items():
+            energy = _by_blocks([_spectrum(piece) for piece in pieces])
+            energies.setdefault(matrix, []).append(energy)
+            offered.setdefault(matrix, []).append(energy[: _offered_rank(pieces, retain) // RANK_BLOCK])
+            prices[matrix] = _block_price(pieces)
+    ranks = _bought_ranks(offered, prices, parameters, retain)
+    return Curves(
+        {m: torch.stack(rows) for m, rows in energies.items()},
+        prices,
+        {m: prices[m] * len(rows[0]) for m, rows in energies.items()},
+        sum(sum(ranks[m]) // RANK_BLOCK * prices[m] for m in ranks),
+        width,
+    )
+
+
+def _bought_ranks(
+    energies: Mapping[str, Sequence[Tensor]], prices: Mapping[str, int], parameters: int, retain: float
+) -> dict[str, list[int]]:
+    """The ranks of every matrix's experts under one budget for the layer, see ``low_rank``.
+
+    energies: by matrix, of each expert, of the blocks on offer;  prices: of a block, in parameters
+    parameters: of the layer's residuals
+    """
+    # Expert by expert: the order that decides among equals.
+    rows = [row for expert in zip(*energies.values(), strict=True) for row in expert]
+    costs = [prices[matrix] for matrix in energies] * (len(rows) // len(energies))
+    bought = buy_blocks(rows, costs, math.inf if retain == 1 else retain * parameters)
+    return {matrix: [RANK_BLOCK * n for n in bought[i :: len(energies)]] for i, matrix in enumerate(energies)}
 
 
 def _pieces(gate_up: Tensor, down: Tensor, factorization: str, gated: bool) -> dict[str, Sequence[Tensor]]:
@@ -122,9 +141,52 @@ def _pieces(gate_up: Tensor, down: Tensor, factorization: str, gated: bool) -> d
     return {"gate_up": halves if factorization == "separate" else [gate_up], "down": [down]}
 
 
-def _offered_rank(pieces: Sequence[Tensor], price: int, retain: float) -> int:
+def _block_price(pieces: Sequence[Tensor]) -> int:
+    """The parameters of 16 triplets of each."""
+    return RANK_BLOCK * sum(sum(p.shape) for p in pieces)
+
+
+def _offered_rank(pieces: Sequence[Tensor], retain: float) -> int:
     """Twice the rank that costs ``retain`` of the pieces' parameters, at most full; a multiple of 16."""
     full = min(pieces[0].shape)
-    even = retain * sum(p.numel() for p in pieces) / price
+    even = retain * sum(p.numel() for p in pieces) / sum(sum(p.shape) for p in pieces)
     rank = full if retain == 1 else min(full, math.ceil(2 * even))
     return -(-rank // RANK_BLOCK) * RANK_BLOCK
+
+
+def _by_blocks(energies: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(energies)).sum(0).view(-1, RANK_BLOCK).sum(1)
+
+
+def _spectrum(piece: Tensor) -> Tensor:
+    """sigma^2 of a matrix (N, K) float: float64, descending, zeros to a multiple of 16."""
+    tall = piece if piece.shape[0] >= piece.shape[1] else piece.T
+    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
+    for rows in tall.split(4096):  # a (28672, 4096) matrix at once in float64 is 0.9 GB
+        wide = rows.double()
+        gram += wide.T @ wide
+    with one_thread():
+        energy = torch.linalg.eigvalsh(gram).flip(0)
+    # Beyond the rank of a matrix are rounding errors: nothing to buy.
+    energy = energy.where(energy > energy[0] * len(energy) * torch.finfo(torch.float64).eps, 0)
+    return torch.nn.functional.pad(energy, (0, -len(energy) % RANK_BLOCK)).cpu()
+
+
+def _stored(
+    factors: Mapping[str, Sequence[Sequence[tuple[Tensor, Tensor]]]],
+    ranks: Mapping[str, Sequence[int]],
+    factorization: str,
+    down: Tensor,
+) -> dict[str, Tensor]:
+    """As FactoredExperts has it.  factors: matrix -> expert -> (u, v) of its pieces;  down: any expert's."""
+    tensors: dict[str, Tensor] = {}
+    for matrix, experts in factors.items():
+        pairs = [pair for expert in experts for pair in expert]
+        tensors[f"u_{matrix}"], tensors[f"v_{matrix}"] = (torch.cat(rows) for rows in zip(*pairs, strict=True))
+        rows_of = [rank * len(expert) for rank, expert in zip(ranks[matrix], experts, strict=True)]
+        ends = [0, *itertools.accumulate(rows_of)]
+        tensors[f"rank_offsets_{matrix}"] = torch.tensor(ends, dtype=torch.int32, device=down.device)
+    if factorization == "joint":
+        v, hidden = tensors.pop("v_gate_up"), down.shape[0]
+        tensors["v_gate_up"], tensors["u_down"] = v[:, :-hidden].contiguous(), v[:, -hidden:].contiguous()
+    return tensors

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from resmoe_kernels.factored import BLOCK_KEPT, MATRICES
+from resmoe_kernels.python_ops.budgets import Curves
 from resmoe_kernels.python_ops.factorize import Residual
 from resmoe_kernels.sparse import BLOCK, pack_bitmap, pack_block, unpack_mask
+
+_BITMAP_STEPS = 64  # of a curve of energy against count
 
 # e -> what a unit of weight counts for in every column of expert e: gate_up (H,), down (I,). See column_scales.
 Scale = Callable[[int], tuple[Tensor, Tensor]]
@@ -50,6 +53,19 @@ def bitmap(
     return stack_bitmaps(map(pruned, range(num_experts)), dtype)
 
 
+def bitmap_at(
+    residual: Residual, counts: Mapping[str, Sequence[int]], *, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """The same at given counts: of each matrix of each expert its so many largest magnitudes, ties to the first."""
+
+    def pruned(e: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        dense = residual(e)
+        of_expert = zip(MATRICES, dense, strict=True)
+        return dense, [keep_largest(d.abs().flatten(), counts[m][e]).view_as(d) for m, d in of_expert]
+
+    return stack_bitmaps(map(pruned, range(len(counts[MATRICES[0]]))), dtype)
+
+
 def stack_bitmaps(
     experts: Iterable[tuple[Sequence[Tensor], Sequence[Tensor]]], dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
@@ -78,24 +94,26 @@ def block(
     residual: Residual,
     num_experts: int,
     *,
-    kept: int,
+    kept: int | Mapping[str, int],
     scale: Scale | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """The ``kept`` largest |Delta_e| scale_e of every 32 along a row, ties to the lower column.
 
-    residual: e -> gate_up (N, H), down (H, I) float;  kept: 4, 8, 12 or 16;  dtype: of the values
+    residual: e -> gate_up (N, H), down (H, I) float;  kept: 4, 8, 12 or 16, one number or by matrix
+    dtype: of the values
     scale: None for magnitude alone
     Returns mask and values of gate_up and down in the block layout of FactoredExperts.
     """
     masks: dict[str, list[Tensor]] = {m: [] for m in MATRICES}
     values: dict[str, list[Tensor]] = {m: [] for m in MATRICES}
+    kept = dict.fromkeys(MATRICES, kept) if isinstance(kept, int) else kept
     for e in range(num_experts):
         dense = residual(e)
         for matrix, d, importance in zip(MATRICES, dense, _importance(dense, scale, e), strict=True):
             # By rows, because packing sorts: a Mixtral matrix at once would take 3 GB of indices.
             slices = zip(d.split(1024), importance.split(1024), strict=True)
-            packed = [_pack_block(rows, weighed, kept) for rows, weighed in slices]
+            packed = [_pack_block(rows, weighed, kept[matrix]) for rows, weighed in slices]
             masks[matrix].append(torch.cat([mask for mask, _ in packed]))
             values[matrix].append(torch.cat([largest.to(dtype) for _, largest in packed]))
     tensors = {}
@@ -116,6 +134,71 @@ def block_kept(retain: float) -> int:
             "use sparse_layout='bitmap'"
         )
     return max((n for n in BLOCK_KEPT if n <= BLOCK * retain), default=BLOCK_KEPT[0])
+
+
+def bitmap_curves(residual: Residual, num_experts: int, *, retain: float, width: int) -> Curves:
+    """What a 64th of a matrix more gains, its largest entries first.
+
+    residual, retain: see bitmap, whose counts are the budget;  width: bytes of a value
+    """
+    gains: dict[str, list[Tensor]] = {m: [] for m in MATRICES}
+    for e in range(num_experts):
+        dense = residual(e)
+        for matrix, d in zip(MATRICES, dense, strict=True):
+            gains[matrix].append(_magnitude_energies(d))
+    sizes = {m: d.numel() for m, d in zip(MATRICES, dense, strict=True)}
+    return Curves(
+        {m: torch.stack(rows) for m, rows in gains.items()},
+        {m: _bitmap_step(size) for m, size in sizes.items()},
+        sizes,
+        num_experts * math.floor(retain * sum(sizes.values())),
+        width,
+        divisible=True,
+    )
+
+
+def block_curves(residual: Residual, num_experts: int, *, retain: float, width: int) -> Curves:
+    """What 4 of every 32 more gain beyond the first 4, which all have.
+
+    retain: mean of what is kept, within [4/32, 16/32];  width: bytes of a value
+    """
+    gains: dict[str, list[Tensor]] = {m: [] for m in MATRICES}
+    for e in range(num_experts):
+        dense = residual(e)
+        for matrix, d in zip(MATRICES, dense, strict=True):
+            gains[matrix].append(_block_energies(d))
+    prices = {m: BLOCK_KEPT[0] * d.shape[0] * -(-d.shape[1] // BLOCK) for m, d in zip(MATRICES, dense, strict=True)}
+    steps = BLOCK * retain / BLOCK_KEPT[0] - 1
+    return Curves(
+        {m: torch.stack(rows) for m, rows in gains.items()},
+        prices,
+        {m: price * (len(BLOCK_KEPT) - 1) for m, price in prices.items()},
+        math.floor(steps * num_experts * sum(prices.values()) + 1e-6),
+        width,
+        together=True,
+    )
+
+
+def _magnitude_energies(matrix: Tensor) -> Tensor:
+    """The energy of the largest 64th of a matrix's entries, of the next, ...: (64,) float64."""
+    ordered = matrix.abs().flatten().cpu().numpy().copy()
+    ordered.sort()  # in place: 117 M entries of a Mixtral gate_up
+    ordered, step = ordered[::-1], _bitmap_step(matrix.numel())
+    parts = (ordered[i * step : (i + 1) * step].astype("float64") for i in range(_BITMAP_STEPS))
+    return torch.tensor([float((part * part).sum()) for part in parts], dtype=torch.float64)
+
+
+def _bitmap_step(entries: int) -> int:
+    return -(-entries // _BITMAP_STEPS)
+
+
+def _block_energies(matrix: Tensor) -> Tensor:
+    """The energy of the 5th to 8th largest of every 32 along a row, of the 9th to 12th, of the 13th to 16th."""
+    sums = torch.zeros(BLOCK_KEPT[-1], dtype=torch.float64, device=matrix.device)
+    for rows in matrix.split(1024):
+        padded = torch.nn.functional.pad(rows.square(), (0, -rows.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+        sums += padded.topk(BLOCK_KEPT[-1], dim=-1).values.double().sum((0, 1))
+    return sums.view(len(BLOCK_KEPT), -1).sum(1)[1:].cpu()
 
 
 def column_scale(moment: Tensor) -> Tensor:

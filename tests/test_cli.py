@@ -103,6 +103,7 @@ def test_every_option_reaches_the_method(run, dense, tmp_path):
         "retain": 0.375,
         "factorization": "joint",
         "sparse_layout": "bitmap",
+        "budget": "error",
         "init": "mean",
         "solver": "pot",
         "layers": "last:1",

@@ -143,6 +143,20 @@ print(kills, published)
 KILLED_CLEANING_UP = """
 shutil.rmtree(place / "out")
 
+# The same where layers are measured first: at every third change, because each run is two.
+by_error = {"budget": "error"}
+reference = rk.compress(good, place.with_name("by_error"), progress=False, **by_error)
+k = measured = 0
+while run(k, good, **by_error):
+    measured += 1
+    rk.compress(good, place / "out", progress=False, **by_error)
+    same(reference, place / "out")
+    assert [p.name for p in place.iterdir()] == ["out"], list(place.iterdir())
+    shutil.rmtree(place / "out")
+    k += 3
+shutil.rmtree(place / "out")
+print(measured)
+
 # The bad model fails at its last shard. Killed anywhere, then another job under the same name: it is refused while the
 # first one's work is there, else its result is its own and holds nothing of the first.
 layers = {"layers": "first:1"}
@@ -191,7 +205,8 @@ def test_killed_anywhere(small, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    kills, published, refused, made = (int(word) for word in done.stdout.split())
+    kills, published, measured, refused, made = (int(word) for word in done.stdout.split())
+    assert 3 * measured > kills
     assert kills > 30  # two layers, a shard, an index and three files are begun, written and named
     assert published > 3  # killed after the last name, while the unfinished folder is removed
     assert refused > 10 and made > 3
@@ -237,6 +252,102 @@ def test_a_resumed_job_does_not_repeat_layers(mixtral, tmp_path, monkeypatch):
         rk.compress(mixtral, tmp_path / "out", progress=False)
     rk.compress(mixtral, tmp_path / "out", progress=False)
     assert calls == ["model.layers.0.mlp.experts", "killed", "model.layers.1.mlp.experts"]
+
+
+# ---- where every layer is measured before the first is compressed
+
+MEASURED = {"budget": "error", "retain": 0.5, "progress": False}
+
+
+@pytest.fixture(scope="session")
+def by_error(mixtral, tmp_path_factory) -> dict[str, str]:
+    """The files of a job in one process."""
+    return tree(rk.compress(mixtral, tmp_path_factory.mktemp("error") / "out", **MEASURED))
+
+
+def test_bytes_do_not_depend_on_workers(mixtral, by_error, tmp_path):
+    assert tree(rk.compress(mixtral, tmp_path / "out", workers=2, **MEASURED)) == by_error
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_killed_while_measuring_and_after(mixtral, by_error, tmp_path, monkeypatch):
+    """No layer is measured or aligned again."""
+    from resmoe_kernels.python_ops import compress as module
+    from resmoe_kernels.python_ops.methods import resmoe
+
+    done: list[str] = []
+    write, work, align = module.write_measured, module._write_layer, resmoe.barycenter
+
+    def once(name, function, key):
+        def call(*arguments, **given):
+            what = f"{name} {key(arguments)}"
+            if what.endswith("1") and "killed " + name not in done:
+                done.append("killed " + name)
+                raise KeyboardInterrupt
+            done.append(what)
+            return function(*arguments, **given)
+
+        return call
+
+    monkeypatch.setattr(module, "write_measured", once("measure", write, lambda a: int(a[1].stem[-5:])))
+    monkeypatch.setattr(module, "_write_layer", once("write", work, lambda a: int(a[2].stem[-5:])))
+    monkeypatch.setattr(resmoe, "barycenter", once("align", align, lambda _: ""))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            rk.compress(mixtral, tmp_path / "out", **MEASURED)
+    assert tree(rk.compress(mixtral, tmp_path / "out", **MEASURED)) == by_error
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    aligned = ["align "]
+    first = [*aligned, "measure 0", *aligned, "killed measure"]
+    assert done == [*first, *aligned, "measure 1", "write 0", "killed write", "write 1"]
+
+
+def _cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _emptied(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def _flipped(file: Path) -> None:
+    """One bit of the gains, which a header cannot tell of."""
+    data = bytearray(file.read_bytes())
+    data[-20] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [_cut_short, _emptied, _flipped])
+def test_a_damaged_measurement_is_done_again(damage, mixtral, by_error, tmp_path, monkeypatch):
+    from resmoe_kernels.python_ops import compress as module
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_write_layer", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            rk.compress(mixtral, tmp_path / "out", **MEASURED)
+    files = sorted((tmp_path / ".out.unfinished" / "measured").iterdir())
+    assert [file.name for file in files] == ["experts-00000.safetensors", "experts-00001.safetensors"]
+    damage(files[1])
+    written, write = [], module.write_measured
+
+    def noted(tensors, file):
+        written.append(file)
+        write(tensors, file)
+
+    monkeypatch.setattr(module, "write_measured", noted)
+    assert tree(rk.compress(mixtral, tmp_path / "out", **MEASURED)) == by_error
+    assert written == files[1:]
+
+
+def test_a_disk_that_loses_what_is_measured(mixtral, tmp_path, monkeypatch):
+    """An OSError: the rest of the work is kept."""
+    from resmoe_kernels.python_ops import compress as module
+
+    write = module.write_measured
+    monkeypatch.setattr(module, "write_measured", lambda tensors, file: (write(tensors, file), _cut_short(file)))
+    with pytest.raises(OSError, match=r"measured/experts-00000\.safetensors: does not hold what was written to it; ch"):
+        rk.compress(mixtral, tmp_path / "out", **MEASURED)
+    assert (tmp_path / ".out.unfinished" / "job.json").is_file()
 
 
 # ---- run again, and run at once

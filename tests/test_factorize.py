@@ -1,12 +1,10 @@
 """Low-rank residuals: the truncated SVD against numpy's, the budget, and what each factorisation stores."""
 
-import math
-
 import pytest
 import torch
 
 from resmoe_kernels.factored import FACTORIZATIONS, MATRICES, FactoredExperts
-from resmoe_kernels.python_ops.factorize import buy_blocks, low_rank
+from resmoe_kernels.python_ops.factorize import low_rank, low_rank_at, low_rank_curves
 
 
 def make_residuals(count=3, hidden=48, inter=64, gated=True, seed=0):
@@ -67,20 +65,6 @@ def parameters(factored):
 
 
 # ---- the budget
-
-
-def test_blocks_are_bought_by_energy_per_parameter():
-    rows = [torch.tensor([8.0, 2.0]), torch.tensor([12.0, 1.0])]
-    assert buy_blocks(rows, [1, 2], 1) == [1, 0]  # 8 a piece against 6
-    assert buy_blocks(rows, [1, 2], 3) == [1, 1]
-    assert buy_blocks(rows, [1, 2], 4) == [2, 1]
-    assert buy_blocks(rows, [1, 2], 2) == [2, 0]  # the dearer one does not fit, the next that fits is taken
-    assert buy_blocks(rows, [1, 2], math.inf) == [2, 2]
-    assert buy_blocks(rows, [5, 5], 4) == [0, 0]
-
-
-def test_blocks_of_zeros_are_never_bought():
-    assert buy_blocks([torch.tensor([1.0, 0.0, 0.0])], [1], math.inf) == [1]
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -191,3 +175,65 @@ def test_residuals_are_asked_for_once_and_in_order():
 
     low_rank(residual, 3, retain=0.25)
     assert asked == [0, 1, 2]
+
+
+# ---- at given ranks, and what ranks would save
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("factorization", FACTORIZATIONS)
+def test_at_the_ranks_it_chooses_low_rank_is_the_same(factorization, gated):
+    residuals = make_residuals(gated=gated)
+    chosen = factor(residuals, 0.4, factorization, gated)
+    pieces = {"gate_up": 2 if factorization == "separate" and gated else 1, "down": 1}
+    ranks = {m: [r // pieces[m] for r in chosen.ranks(m)] for m in MATRICES}
+    if factorization == "joint":
+        del ranks["down"]
+    made = low_rank_at(residuals.__getitem__, ranks, factorization=factorization, gated=gated)
+    expected = {n: t for n, t in chosen.tensors().items() if n in made}
+    assert made.keys() == expected.keys() and all(torch.equal(made[n], t) for n, t in expected.items())
+
+
+def test_ranks_may_be_zero_or_beyond_full():
+    residuals = make_residuals(2)
+    made = low_rank_at(residuals.__getitem__, {"gate_up": [0, 64], "down": [16, 0]})
+    assert made["rank_offsets_gate_up"].tolist() == [0, 0, 64] and made["rank_offsets_down"].tolist() == [0, 16, 16]
+    torch.testing.assert_close(made["u_gate_up"].T @ made["v_gate_up"], residuals[1][0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("factorization", FACTORIZATIONS)
+@pytest.mark.parametrize("retain", [0.1, 0.4, 1.0])
+def test_curves_have_the_budget_of_low_rank_and_its_energies(retain, factorization, gated):
+    residuals = make_residuals(gated=gated)
+    curves = low_rank_curves(residuals.__getitem__, 3, retain=retain, factorization=factorization, gated=gated, width=2)
+    factored = factor(residuals, retain, factorization, gated)
+    assert curves.budget == parameters(factored)
+    whole = sum(float(r.double().square().sum()) for pair in residuals for r in pair)
+    assert sum(float(g.sum()) for g in curves.gains.values()) == pytest.approx(whole, rel=1e-9)
+    for matrix, gains in curves.gains.items():
+        blocks = 4 if factorization == "joint" else 3  # I is 64, H 48
+        assert gains.shape == (3, blocks) and bool((gains.diff(dim=1) <= 0).all())
+        assert curves.sizes[matrix] == blocks * curves.prices[matrix]
+        if factorization == "stacked":
+            which = MATRICES.index(matrix)
+            for e, pair in enumerate(residuals):
+                squares = torch.linalg.svdvals(pair[which].double()).square()
+                torch.testing.assert_close(gains[e], squares.view(3, 16).sum(1), rtol=1e-6, atol=1e-6)
+
+
+def test_the_budget_is_what_low_rank_spends_where_it_offers_too_little():
+    """Of experts all but one of which are zero it offers the one no more than twice an even share."""
+    (loud,) = make_residuals(1, hidden=96, inter=96)
+    residuals = [loud, *[tuple(torch.zeros_like(r) for r in loud)] * 7]
+    how = {"retain": 0.25, "factorization": "stacked", "gated": True}
+    curves = low_rank_curves(residuals.__getitem__, 8, width=2, **how)
+    assert curves.budget == parameters(factor(residuals, 0.25)) == 32 * (192 + 96 + 96 + 96)
+    assert curves.gains["gate_up"].shape == (8, 6)
+
+
+def test_a_residual_of_low_rank_has_nothing_more_to_save():
+    thin = torch.randn(96, 8) @ torch.randn(8, 48), torch.zeros(48, 48)
+    curves = low_rank_curves(lambda e: thin, 1, retain=1, factorization="stacked", gated=True, width=2)
+    assert curves.gains["gate_up"][0, 0] > 0 and not curves.gains["gate_up"][0, 1:].any()
+    assert not curves.gains["down"].any()

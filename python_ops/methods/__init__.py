@@ -2,8 +2,9 @@
 
 A method is a module here with a function of its name. The function's keyword arguments, but for those of ``GIVEN``,
 are the method's settings; ``check_settings`` refuses wrong ones, ``needs_statistics`` says whether they ask for
-calibration. A method that decides over all layers at once has a second function, ``plan``; one that
-compresses other modules than experts has a third, ``find``.
+calibration. A method that decides over all layers at once has a second function, ``plan``; where that asks for a
+measurement of every layer, as ``measures`` says of its settings, it has a third, ``measure``. One that compresses other
+modules than experts has ``find``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from resmoe_kernels.factored import MATRICES, DenseExperts, FactoredExperts
 from resmoe_kernels.python_ops.layouts import ExpertsModule, find_experts
@@ -32,6 +34,10 @@ _log = logging.getLogger("resmoe_kernels")
 # name on the command line -> module here, with a function of that name
 METHODS = {"resmoe": "resmoe", "mc-smoe": "mc_smoe", "moe-i2": "moe_i2", "xmoe": "xmoe"}
 GIVEN = ("statistics", "plan", "progress")  # what a method's function is given beside settings, if it takes it
+
+
+# plans so far, one for each layer -> what ``measure`` finds in each
+Measure = Callable[[Sequence[dict[str, Any]]], list[dict[str, Tensor]]]
 
 
 class Compressed(NamedTuple):
@@ -57,22 +63,41 @@ class Method:
     _function: Callable[..., Compressed]
     _plan: Callable[..., list[dict[str, Any]]] | None = None
     _find: Callable[[nn.Module], list[ExpertsModule]] | None = None
+    _measure: Callable[..., dict[str, Tensor]] | None = None  # where the settings ask for it
 
     def find(self, model: nn.Module) -> list[ExpertsModule]:
         """The modules it compresses. Raises ValueError if there are none."""
         return find_experts(model) if self._find is None else self._find(model)
 
     def plan(
-        self, model: DenseModel, chosen: Sequence[int], statistics: Statistics | None, progress: bool
+        self,
+        model: DenseModel,
+        chosen: Sequence[int],
+        statistics: Statistics | None,
+        progress: bool,
+        measure: Measure | None = None,
     ) -> list[dict[str, Any]]:
-        """What is decided over all layers, before the first is compressed: a dict of plain values for each.
+        """What is decided over all layers, before the first is compressed: a dict of plain values and tensors for each.
 
         model: the dense model, its layers read one at a time;  chosen: numbers in ``model.experts`` of the layers
             to compress;  statistics: from calibration, for methods that need them
+        measure: how the layers are measured where the settings ask for it; None measures them here, in turn
         """
         if self._plan is None:
             return [{} for _ in chosen]
-        return self._plan(model, chosen, statistics=statistics, progress=progress, **self.settings)
+        given: dict[str, Any] = {"statistics": statistics, "progress": progress}
+        if self._measure is not None:
+            given["measured"] = (measure or _measure_in_turn(self, model, chosen, statistics, progress))(
+                [{}] * len(chosen)
+            )
+        return self._plan(model, chosen, **given, **self.settings)
+
+    def measure(
+        self, experts: DenseExperts, *, plan: dict[str, Any], progress: Callable[[str], None] | None = None, **_: Any
+    ) -> dict[str, Tensor]:
+        """What a plan over all layers asks of one, in small tensors. progress: as below."""
+        assert self._measure is not None
+        return self._measure(experts, progress=progress, **self.settings)
 
     def __call__(
         self,
@@ -99,7 +124,7 @@ class Chain:
         if self.second.needs_statistics and self.first.settings["parts"] > 1:
             raise ValueError(
                 f"method: {self.second.name} needs statistics of the experts it compresses, and those of parts are "
-                "not collected; leave parts at 1, or follow with resmoe"
+                "not collected; leave parts at 1, or follow with resmoe and a budget other than usage"
             )
 
     @property
@@ -118,16 +143,46 @@ class Chain:
         return self.first.find(model)
 
     def plan(
-        self, model: DenseModel, chosen: Sequence[int], statistics: Statistics | None, progress: bool
+        self,
+        model: DenseModel,
+        chosen: Sequence[int],
+        statistics: Statistics | None,
+        progress: bool,
+        measure: Measure | None = None,
     ) -> list[dict[str, Any]]:
-        plans = [m.plan(model, chosen, statistics, progress) for m in (self.first, self.second)]
-        return [{"first": first, "second": second} for first, second in zip(*plans, strict=True)]
+        firsts = [{"first": plan} for plan in self.first.plan(model, chosen, statistics, progress)]
+        measure = measure or _measure_in_turn(self, model, chosen, statistics, progress)
+        # What the second measures is what the first leaves.
+        seconds = self.second.plan(model, chosen, statistics, progress, lambda _: measure(firsts))
+        return [{**first, "second": second} for first, second in zip(firsts, seconds, strict=True)]
+
+    def measure(self, experts: DenseExperts, *, plan: dict[str, Any], **given: Any) -> dict[str, Tensor]:
+        return self.second.measure(self._between(experts, plan, given)[1], plan={}, **given)
 
     def __call__(self, experts: DenseExperts, *, plan: dict[str, Any], **given: Any) -> Compressed:
-        made = self.first(experts, plan=plan["first"], **given)
-        dense = made.weights.materialize(experts.gate_up.dtype)  # exact: xmoe leaves bases only
+        made, dense = self._between(experts, plan, given)
         then = self.second(dense, plan=plan["second"], **given)
         return then._replace(change=_joined(made.change, then.change), part_router=made.part_router)
+
+    def _between(
+        self, experts: DenseExperts, plan: dict[str, Any], given: dict[str, Any]
+    ) -> tuple[Compressed, DenseExperts]:
+        """What the first makes, and the dense experts it leaves."""
+        made = self.first(experts, plan=plan["first"], **given)
+        return made, made.weights.materialize(experts.gate_up.dtype)  # exact: xmoe leaves bases only
+
+
+def _measure_in_turn(
+    method: Method | Chain, model: DenseModel, chosen: Sequence[int], statistics: Statistics | None, progress: bool
+) -> Measure:
+    def measure(plans: Sequence[dict[str, Any]]) -> list[dict[str, Tensor]]:
+        measured = []
+        for i, plan in zip(tqdm(chosen, desc="measuring", unit="layer", disable=not progress), plans, strict=True):
+            of_layer = None if statistics is None else statistics.layers[model.experts[i].path]
+            measured.append(method.measure(model.read(i), plan=plan, statistics=of_layer))
+        return measured
+
+    return measure
 
 
 def _joined(first: RouterChange | None, second: RouterChange | None) -> RouterChange | None:
@@ -234,4 +289,5 @@ def _method(name: str, settings: dict[str, Any]) -> Method:
         getattr(module, METHODS[name]),
         getattr(module, "plan", None),
         getattr(module, "find", None),
+        module.measure if hasattr(module, "measure") and module.measures(**settings) else None,
     )

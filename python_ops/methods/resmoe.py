@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from resmoe_kernels.factored import FACTORIZATIONS, MATRICES, DenseExperts, FactoredExperts
+from resmoe_kernels.factored import BLOCK_KEPT, FACTORIZATIONS, MATRICES, DenseExperts, FactoredExperts
 from resmoe_kernels.python_ops.align import (
     INITS,
     SOLVERS,
@@ -19,9 +20,15 @@ from resmoe_kernels.python_ops.align import (
     split_design,
     squared_norm,
 )
-from resmoe_kernels.python_ops.factorize import low_rank
+from resmoe_kernels.python_ops.budgets import BUDGETS, Curves, allot, weights_of_errors
+from resmoe_kernels.python_ops.factorize import RANK_BLOCK, low_rank, low_rank_at, low_rank_curves
 from resmoe_kernels.python_ops.methods import Compressed, check_known, warn_if_not_smaller, weight_errors
-from resmoe_kernels.python_ops.prune import bitmap, block, block_kept
+from resmoe_kernels.python_ops.prune import bitmap, bitmap_at, bitmap_curves, block, block_curves, block_kept
+from resmoe_kernels.sparse import BLOCK
+
+if TYPE_CHECKING:
+    from resmoe_kernels.python_ops.dense_model import DenseModel
+    from resmoe_kernels.python_ops.statistics import Statistics
 
 RESIDUALS = ("lowrank", "sparse")
 SPARSE_LAYOUTS = ("block", "bitmap")
@@ -58,8 +65,10 @@ def resmoe(
     retain: float = 0.25,
     factorization: str = "stacked",
     sparse_layout: str = "block",
-    init: str = "first",
+    budget: str = "uniform",
+    init: str = "progressive",
     solver: str = "assignment",
+    plan: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Compressed:
     """Compresses a layer of experts to a shared base and one residual each.
@@ -70,13 +79,19 @@ def resmoe(
         W_e[pi_e] ~ B + S_e            residual="sparse", see block and bitmap for ``sparse_layout``
 
     An expert does not change when its neurons are permuted, so nothing is permuted back. Biases move with
-    their neurons and keep their values. No data is needed and the router stays as it is.
+    their neurons and keep their values. The router stays as it is.
 
     experts: the layer, in any floating-point type, which base and residual keep; worked on one expert at a
         time in float32
     retain: the part of the residual's parameters to keep, in (0, 1]. The base and indices come on top: the
         report has the sizes. The block layout rounds it down to 4, 8, 12 or 16 of 32, and up to 4
+    budget: ``uniform``, every layer keeps ``retain``; or ``retain`` is the mean over layers, and the same bytes go to
+        layers, matrices and experts by ``error``, without data, or by ``usage``, errors weighted by how often a
+        calibration text uses an expert; see weights_of_errors. The block layout keeps one number of 32 for a matrix of
+        a layer and meets any mean from 4 to 16 of 32; at means that ``uniform`` has too, perplexity was never better
+        than with that, see benchmarks/results/budgets-*.csv
     init, solver: see barycenter
+    plan: this layer's of ``plan``; without one the budget is uniform, and only that can be
     progress: called with a short phrase after every step
 
     Raises ValueError naming the argument, what it may be and what came. Warns where the result is no smaller.
@@ -84,29 +99,32 @@ def resmoe(
     that kernels serve, are the defaults where the paper has ``joint`` and ``bitmap``; ranks follow the energy
     instead of being one number; the residual is taken against the base as stored.
     """
-    check_settings(residual, retain, factorization, sparse_layout, init, solver)
+    check_settings(residual, retain, factorization, sparse_layout, budget, init, solver)
+    if budget != "uniform" and not plan:
+        raise ValueError(f"plan: budget={budget!r} needs it, because what a layer gets depends on the others; see plan")
     dtype, count = experts.gate_up.dtype, experts.num_experts
-
-    aligned = barycenter(experts, init=init, solver=solver, progress=progress)
-    base_gate_up, base_down = (m.to(dtype) for m in split_design(aligned.center, experts)[:2])
-
-    def original(e: int) -> tuple[Tensor, Tensor]:
-        return split_design(design_matrix(experts, e)[aligned.permutations[e]], experts)[:2]
+    aligned = _planned(experts, plan) if plan else _align(experts, init, solver, progress)
+    allotted = plan["allotted"] if plan else None
 
     def residual_of(e: int) -> tuple[Tensor, Tensor]:
         if progress is not None:
             progress(f"residual: expert {e + 1} of {count}")
-        gate_up, down = original(e)
-        return gate_up.sub_(base_gate_up), down.sub_(base_down)
+        return aligned.residual(e)
 
+    tensors: dict[str, Tensor]
     if residual == "lowrank":
-        tensors = low_rank(
-            residual_of, count, retain=retain, factorization=factorization, gated=experts.gated, dtype=dtype
-        )
+        how = {"factorization": factorization, "gated": experts.gated, "dtype": dtype}
+        if allotted:
+            tensors = low_rank_at(residual_of, allotted, **how)
+        else:
+            tensors = low_rank(residual_of, count, retain=retain, **how)
     elif sparse_layout == "bitmap":
-        tensors = bitmap(residual_of, count, retain=retain, dtype=dtype)
+        if allotted:
+            tensors = bitmap_at(residual_of, allotted, dtype=dtype)
+        else:
+            tensors = bitmap(residual_of, count, retain=retain, dtype=dtype)
     else:
-        tensors = block(residual_of, count, kept=block_kept(retain), dtype=dtype)
+        tensors = block(residual_of, count, kept=allotted or block_kept(retain), dtype=dtype)
 
     factored = FactoredExperts(
         num_experts=count,
@@ -115,8 +133,8 @@ def resmoe(
         gated=experts.gated,
         factorization=factorization if residual == "lowrank" else "stacked",
         group=torch.zeros(count, dtype=torch.int32, device=experts.gate_up.device),
-        base_gate_up=base_gate_up.unsqueeze(0),
-        base_down=base_down.unsqueeze(0),
+        base_gate_up=aligned.base[0].unsqueeze(0),
+        base_down=aligned.base[1].unsqueeze(0),
         bias_gate_up=_permuted_bias(experts, aligned.permutations),
         bias_down=experts.bias_down,
         **tensors,  # type: ignore[arg-type]
@@ -124,16 +142,12 @@ def resmoe(
 
     lost, whole = dict.fromkeys(MATRICES, 0.0), dict.fromkeys(MATRICES, 0.0)
     for e in range(count):
-        for matrix, weight in zip(MATRICES, original(e), strict=True):
+        for matrix, weight in zip(MATRICES, aligned.original(e), strict=True):
             whole[matrix] += squared_norm(weight)
             lost[matrix] += squared_norm(weight.sub_(factored.materialize_matrix(matrix, e)))
     report = Report(
         **weight_errors(lost, whole),
-        cosine_before=mean_cosine(experts),
-        cosine_after=mean_cosine(experts, aligned.permutations),
-        iterations=aligned.iterations,
-        objective=aligned.objective,
-        converged=aligned.converged,
+        **aligned.reported,
         bytes_dense=experts.nbytes(),
         bytes_now=factored.nbytes(),
     )
@@ -141,23 +155,161 @@ def resmoe(
     return Compressed(factored, report)
 
 
-def needs_statistics(**_: Any) -> bool:
-    return False
+@dataclass(frozen=True, eq=False)
+class _Aligned:
+    """Experts in one neuron order, with the base as it will be stored; of a report what alignment has to say."""
+
+    experts: DenseExperts
+    permutations: Tensor
+    base: Sequence[Tensor]
+    reported: dict[str, Any]
+
+    def original(self, e: int) -> tuple[Tensor, Tensor]:
+        return split_design(design_matrix(self.experts, e)[self.permutations[e]], self.experts)[:2]
+
+    def residual(self, e: int) -> tuple[Tensor, Tensor]:
+        gate_up, down = self.original(e)
+        return gate_up.sub_(self.base[0]), down.sub_(self.base[1])
+
+
+def _align(experts: DenseExperts, init: str, solver: str, progress: Progress | None) -> _Aligned:
+    found = barycenter(experts, init=init, solver=solver, progress=progress)
+    reported = {
+        "cosine_before": mean_cosine(experts),
+        "cosine_after": mean_cosine(experts, found.permutations),
+        "iterations": found.iterations,
+        "objective": found.objective,
+        "converged": found.converged,
+    }
+    return _Aligned(experts, found.permutations, _base(experts, found.center), reported)
+
+
+def _planned(experts: DenseExperts, plan: dict[str, Any]) -> _Aligned:
+    """What was aligned for the plan, as it was then."""
+    center = torch.zeros_like(design_matrix(experts, 0))
+    for e, permutation in enumerate(plan["permutations"]):
+        center += design_matrix(experts, e)[permutation]
+    center /= experts.num_experts
+    return _Aligned(experts, plan["permutations"], _base(experts, center), plan["reported"])
+
+
+def _base(experts: DenseExperts, center: Tensor) -> list[Tensor]:
+    return [matrix.to(experts.gate_up.dtype) for matrix in split_design(center, experts)[:2]]
+
+
+# ---- budgets over layers
+
+
+def measures(*, budget: str, **_: Any) -> bool:
+    """Whether these settings need every layer measured before the first is compressed."""
+    return budget != "uniform"
+
+
+def measure(
+    experts: DenseExperts,
+    *,
+    residual: str,
+    retain: float,
+    factorization: str,
+    sparse_layout: str,
+    budget: str,
+    init: str,
+    solver: str,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """What ``plan`` asks of a layer: permutations, energies of the weights, and the Curves of its residuals' form."""
+    check_settings(residual, retain, factorization, sparse_layout, budget, init, solver)
+    aligned, count = _align(experts, init, solver, progress), experts.num_experts
+    energy = torch.tensor([[squared_norm(w) for w in aligned.original(e)] for e in range(count)], dtype=torch.float64)
+
+    def residual_of(e: int) -> tuple[Tensor, Tensor]:
+        if progress is not None:
+            progress(f"measure: expert {e + 1} of {count}")
+        return aligned.residual(e)
+
+    how: dict[str, Any] = {"retain": retain, "width": experts.gate_up.element_size()}
+    if residual == "lowrank":
+        curves = low_rank_curves(residual_of, count, factorization=factorization, gated=experts.gated, **how)
+    else:
+        curves = (bitmap_curves if sparse_layout == "bitmap" else block_curves)(residual_of, count, **how)
+    reported = {f"reported.{name}": _scalar(value) for name, value in aligned.reported.items()}
+    return {"permutations": aligned.permutations, "energy": energy, **curves.tensors(), **reported}
+
+
+def _scalar(value: bool | float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+
+
+def plan(
+    model: DenseModel,
+    chosen: Sequence[int],
+    *,
+    measured: Sequence[dict[str, Tensor]] = (),
+    statistics: Statistics | None = None,
+    residual: str,
+    budget: str,
+    **_: Any,
+) -> list[dict[str, Any]]:
+    """What every layer is allotted: nothing where the budget is uniform.
+
+    measured: of each chosen layer, from ``measure``;  statistics: for budget="usage"
+    Returns for each ``permutations``; ``reported``, what its report says of alignment; and ``allotted``, by matrix
+    ranks, counts or numbers of 32.
+    """
+    if budget == "uniform":
+        return [{} for _ in chosen]
+    layers = [Curves.from_tensors(m) for m in measured]
+    weights = []
+    for i, curves, of_layer in zip(chosen, layers, measured, strict=True):
+        energy = dict(zip(MATRICES, of_layer["energy"].T, strict=True))
+        if len(curves.gains) == 1:  # joint
+            energy = {"gate_up": of_layer["energy"].sum(1)}
+        counts = None
+        if budget == "usage":
+            assert statistics is not None
+            counts = statistics.layers[model.experts[i].path].count
+        weights.append(weights_of_errors(energy, counts))
+
+    def in_units(curves: Curves, matrix: str, parameters: list[int]) -> Any:
+        if residual == "lowrank":
+            return [RANK_BLOCK * p // curves.prices[matrix] for p in parameters]
+        if curves.divisible:
+            return parameters
+        return BLOCK_KEPT[0] * (1 + parameters[0] // (len(curves.gains[matrix]) * curves.prices[matrix]))
+
+    return [
+        {
+            "permutations": of_layer["permutations"],
+            "reported": {n.removeprefix("reported."): t.item() for n, t in of_layer.items() if "reported." in n},
+            "allotted": {m: in_units(curves, m, parameters) for m, parameters in shares.items()},
+        }
+        for of_layer, curves, shares in zip(measured, layers, allot(layers, weights), strict=True)
+    ]
+
+
+def needs_statistics(*, budget: str, **_: Any) -> bool:
+    return budget == "usage"
 
 
 def check_settings(
-    residual: str, retain: float, factorization: str, sparse_layout: str, init: str, solver: str
+    residual: str, retain: float, factorization: str, sparse_layout: str, budget: str, init: str, solver: str
 ) -> None:
     """Raises what ``resmoe`` would raise for its settings, before there are experts to compress."""
     check_known("residual", residual, RESIDUALS)
     check_known("factorization", factorization, FACTORIZATIONS)
     check_known("sparse_layout", sparse_layout, SPARSE_LAYOUTS)
+    check_known("budget", budget, BUDGETS)
     check_known("init", init, INITS)
     check_known("solver", solver, SOLVERS)
     if not 0 < retain <= 1:
         raise ValueError(f"retain: must be in (0, 1], got {retain}")
     if (residual, sparse_layout) == ("sparse", "block"):
         block_kept(retain)
+        if budget != "uniform" and retain < BLOCK_KEPT[0] / BLOCK:
+            raise ValueError(
+                f"retain: the block layout keeps at least {BLOCK_KEPT[0]} of {BLOCK}, so that a mean is at least "
+                f"{BLOCK_KEPT[0] / BLOCK}, got {retain}; use sparse_layout='bitmap', or budget='uniform' to round up"
+            )
 
 
 def _permuted_bias(experts: DenseExperts, permutations: Tensor) -> Tensor | None:
