@@ -6,9 +6,10 @@ in every form, are left out on both sides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from math import ceil, floor, prod
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from resmoe_kernels.factored import BLOCK_KEPT, MATRICES, DenseExperts, FactoredExperts
 from resmoe_kernels.python_ops.align import squared_norm
-from resmoe_kernels.python_ops.factorize import Residual, low_rank
+from resmoe_kernels.python_ops.budgets import buy_blocks
+from resmoe_kernels.python_ops.factorize import RANK_BLOCK, Residual, low_rank_at
 from resmoe_kernels.python_ops.methods import relative
 from resmoe_kernels.python_ops.prune import bitmap, block
 from resmoe_kernels.sparse import BLOCK
@@ -51,16 +53,23 @@ def matrix_bytes(experts: DenseExperts) -> int:
 
 
 def errors_at(
-    experts: DenseExperts, measured: Sequence[int], weight: Residual, base: Pair | None, budgets: Sequence[float]
+    experts: DenseExperts,
+    measured: Sequence[int],
+    weight: Residual,
+    base: Pair | None,
+    budgets: Sequence[float],
+    energies: Mapping[str, Sequence[Tensor]],
 ) -> list[FormError]:
     """Low rank, block and bitmap at every budget: of the experts, or of what a base leaves of them.
 
     experts: the layer;  measured: the experts to compress, which share the room as evenly as all of them would
     weight: e -> gate_up (N, H), down (H, I) float32 of expert e, in the base's neuron order
     base: in the experts' dtype, or None for direct compression
+    energies: matrix -> of every measured expert, the spectrum of what is compressed
 
     Each is made by the method's own function, in the experts' dtype, and expanded again. Within a budget low rank
-    takes the most blocks of 16 that fit, block the largest of 4, 8, 12, 16 of 32, bitmap the most weights.
+    takes the most blocks of 16 that fit, block the largest of 4, 8, 12, 16 of 32, bitmap the most weights. Every matrix
+    is decomposed once, at the largest rank it has at any budget.
     """
 
     def residual(i: int) -> Pair:
@@ -70,12 +79,18 @@ def errors_at(
     whole, count = matrix_bytes(experts), experts.num_experts
     spent = 0 if base is None else whole // count + _OFFSET * count
     dtype, kept = experts.gate_up.dtype, len(measured)
+    rooms = [floor((budget * whole - spent) * kept / count) for budget in budgets]
+    ranks = [_ranks(energies, experts, kept, room) for room in rooms]
+    largest = {m: [max(r[m][i] for r in ranks if r) for i in range(kept)] for m in MATRICES} if any(ranks) else {}
+    widest = low_rank_at(residual, largest, gated=experts.gated, dtype=dtype) if largest else {}
     results = []
-    for budget in budgets:
-        room = floor((budget * whole - spent) * kept / count)
+    for budget, room, ranks_there in zip(budgets, rooms, ranks, strict=True):
         for form in RESIDUALS:
             name = form if base is None else f"base + {form}"
-            tensors = _made(form, residual, experts, kept, room, dtype)
+            if form == "low rank":
+                tensors = None if ranks_there is None else _cut(widest, ranks_there)
+            else:
+                tensors = _sparse(form, residual, experts, kept, room)
             if tensors is None:
                 results.append(FormError(name, budget, None, None))
                 continue
@@ -123,17 +138,49 @@ def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
     return (steps * scale).flatten(1)[:, :columns]
 
 
-def _made(
-    form: str, residual: Residual, experts: DenseExperts, kept: int, room: int, dtype: torch.dtype
-) -> dict[str, Tensor] | None:
+def _ranks(
+    energies: Mapping[str, Sequence[Tensor]], experts: DenseExperts, kept: int, room: int
+) -> dict[str, list[int]] | None:
+    """By matrix, the ranks that ``low_rank`` would give ``kept`` experts in ``room`` bytes, None where none fits."""
+    shapes = {m: tuple(getattr(experts, m).shape[1:]) for m in MATRICES}
+    left = room - len(MATRICES) * _OFFSET * (kept + 1)
+    if left < 0:
+        return None
+    budget = left // experts.gate_up.element_size()
+    share = budget / (kept * sum(map(prod, shapes.values())))
+    rows, prices = [], []
+    for i in range(kept):
+        for matrix, (N, K) in shapes.items():
+            full = -(-min(N, K) // RANK_BLOCK)
+            offered = full if share >= 1 else min(full, -(-ceil(2 * share * N * K / (N + K)) // RANK_BLOCK))
+            energy = energies[matrix][i]
+            # Below what rounding leaves of zeros there is nothing to buy.
+            energy = energy.where(energy > energy[0] * len(energy) * torch.finfo(torch.float64).eps, 0)
+            padded = torch.nn.functional.pad(energy, (0, full * RANK_BLOCK - len(energy)))
+            rows.append(padded.view(full, RANK_BLOCK).sum(1)[:offered])
+            prices.append(RANK_BLOCK * (N + K))
+    bought = buy_blocks(rows, prices, budget)
+    return {m: [RANK_BLOCK * n for n in bought[j :: len(MATRICES)]] for j, m in enumerate(MATRICES)}
+
+
+def _cut(widest: dict[str, Tensor], ranks: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """The first of every expert's triplets, as many as ranks say."""
+    tensors = {}
+    for matrix, of_experts in ranks.items():
+        starts = widest[f"rank_offsets_{matrix}"].tolist()
+        for side in "uv":
+            rows = widest[f"{side}_{matrix}"]
+            tensors[f"{side}_{matrix}"] = torch.cat([rows[s : s + r] for s, r in zip(starts, of_experts, strict=False)])
+        ends = [0, *accumulate(of_experts)]
+        tensors[f"rank_offsets_{matrix}"] = torch.tensor(ends, dtype=torch.int32, device=rows.device)
+    return tensors
+
+
+def _sparse(form: str, residual: Residual, experts: DenseExperts, kept: int, room: int) -> dict[str, Tensor] | None:
     """The tensors of ``kept`` experts in a form that takes at most ``room`` bytes, None where there is none."""
     shapes = [tuple(m.shape[1:]) for m in (experts.gate_up, experts.down)]
+    dtype = experts.gate_up.dtype
     parameters, width = kept * sum(map(prod, shapes)), dtype.itemsize
-    if form == "low rank":
-        left = room - len(MATRICES) * _OFFSET * (kept + 1)
-        if left < 0:
-            return None
-        return low_rank(residual, kept, retain=left / (width * parameters), gated=experts.gated, dtype=dtype)
     words = kept * sum(rows * ceil(columns / BLOCK) for rows, columns in shapes)
     if form == "block":
         fitting = [n for n in BLOCK_KEPT if words * (n * width + _OFFSET) <= room]

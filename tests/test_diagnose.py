@@ -19,12 +19,14 @@ from test_cli import Result, refused, run  # noqa: F401
 
 import resmoe_kernels as rk
 from resmoe_kernels.factored import DenseExperts
+from resmoe_kernels.python_ops import factorize
 from resmoe_kernels.python_ops.align import barycenter, mean_cosine
 from resmoe_kernels.python_ops.byte_budgets import FormError, round_to_nearest
 from resmoe_kernels.python_ops.diagnose import LayerDiagnosis, diagnose, diagnose_layer, model_errors, verdict
 from resmoe_kernels.python_ops.diagnose_plot import plot
 from resmoe_kernels.python_ops.methods.resmoe import resmoe
-from resmoe_kernels.python_ops.spectra import energy_kept, random_energy_kept
+from resmoe_kernels.python_ops.spectra import energy_kept, random_energy_kept, spectrum
+from resmoe_kernels.python_ops.svd import truncated_svd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -203,6 +205,26 @@ def test_few_of_many_stand_for_all():
         assert [e.relative_error for e in fitting] == sorted((e.relative_error for e in fitting), reverse=True)
 
 
+def test_every_matrix_is_decomposed_once_for_all_budgets(monkeypatch):
+    """And what is cut from it is what it would be at that budget alone."""
+    asked = []
+
+    def counted(matrix, rank):
+        asked.append((tuple(matrix.shape), rank))
+        return truncated_svd(matrix, rank)
+
+    monkeypatch.setattr(factorize, "truncated_svd", counted)
+    budgets, dense = [0.4, 0.7], experts(3, common=0.5, noise=0.5)
+    together = diagnose_layer(dense, "a", budgets).errors
+    assert len(asked) == 2 * 2 * 3  # with and without a base, two matrices, three experts
+    for budget in budgets:
+        alone = diagnose_layer(dense, "a", [budget]).errors
+        same = [e for e in together if e.budget == budget]
+        for one, other in zip([e for e in alone if e.budget], same, strict=True):
+            assert (one.form, one.bytes_now) == (other.form, other.bytes_now)
+            assert one.relative_error == (other.relative_error and pytest.approx(other.relative_error, rel=1e-6))
+
+
 # ---- spectra
 
 
@@ -211,27 +233,27 @@ def test_energy_kept(shape, generator):
     matrix = torch.randn(shape, generator=generator)
     energy = torch.linalg.svdvals(matrix.double()).square()
     expected = [float(energy[: i * min(shape) // 32].sum() / energy.sum()) for i in range(33)]
-    assert energy_kept(matrix).tolist() == pytest.approx(expected, abs=1e-9)
-    assert energy_kept(128 * matrix).tolist() == pytest.approx(expected, abs=1e-9)
+    assert energy_kept(spectrum(matrix)).tolist() == pytest.approx(expected, abs=1e-9)
+    assert energy_kept(spectrum(128 * matrix)).tolist() == pytest.approx(expected, abs=1e-9)
 
 
 def test_random_control():
     orthogonal = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(1)))[0]
-    flat = energy_kept(orthogonal)
+    flat = energy_kept(spectrum(orthogonal))
     random = random_energy_kept(64, 64)
     assert flat.tolist() == pytest.approx([i / 32 for i in range(33)], abs=1e-5)
     assert bool((random[1:-1] > flat[1:-1] + 0.01).all())
-    planted = energy_kept(torch.ones(64, 64) + 0.1 * orthogonal)
+    planted = energy_kept(spectrum(torch.ones(64, 64) + 0.1 * orthogonal))
     assert bool((planted[1:-1] > random[1:-1]).all())
     dense = experts(2)
     spectra = diagnose_layer(dense, "a", [0.5]).spectra
     assert spectra["gate_up"]["weight"] == pytest.approx(
-        torch.stack([energy_kept(m) for m in dense.gate_up]).mean(0).tolist()
+        torch.stack([energy_kept(spectrum(m)) for m in dense.gate_up]).mean(0).tolist()
     )
     assert spectra["down"]["random"] == random_energy_kept(40, 48).tolist()
     # The base of two experts is half-way between them, so half of what lies between is the residual of both.
     first, second = (dense.down[e][:, order] for e, order in enumerate(barycenter(dense).permutations))
-    assert spectra["down"]["residual"] == pytest.approx(energy_kept((first - second) / 2).tolist(), abs=1e-5)
+    assert spectra["down"]["residual"] == pytest.approx(energy_kept(spectrum((first - second) / 2)).tolist(), abs=1e-5)
 
 
 # ---- degenerate layers
