@@ -160,7 +160,10 @@ def mean_cosine(experts: DenseExperts, permutations: Tensor | None = None) -> fl
         norm = squared_norm(design) ** 0.5
         if norm > 0:
             nonzero += 1
-            total += (design if permutations is None else design[permutations[e]]) / norm
+            if permutations is None:
+                total.add_(design, alpha=1 / norm)
+            else:
+                _add(total, design, permutations[e], 1 / norm)
     return (squared_norm(total) - nonzero) / (count * (count - 1))
 
 
@@ -169,9 +172,9 @@ def squared_norm(matrix: Tensor) -> float:
     return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
 
 
-def _add(total: Tensor, design: Tensor, permutation: Tensor, sign: int = 1) -> None:
-    """total += sign * design[permutation], without a permuted copy."""
-    total.index_add_(0, permutation.argsort().to(total.device), design, alpha=sign)
+def _add(total: Tensor, design: Tensor, permutation: Tensor, factor: float = 1) -> None:
+    """total += factor * design[permutation], without a permuted copy."""
+    total.index_add_(0, permutation.argsort().to(total.device), design, alpha=factor)
 
 
 def _sum(experts: DenseExperts, permutations: Tensor) -> Tensor:

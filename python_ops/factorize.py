@@ -16,6 +16,8 @@ from resmoe_kernels.python_ops.svd import one_thread, truncated_svd
 Residual = Callable[[int], tuple[Tensor, Tensor]]
 
 RANK_BLOCK = 16  # ranks are multiples of it: the depth of a tensor-core tile
+# Times the rank of an even split, one after the other: most matrices buy less than the first, which is a third faster.
+OFFERS = (1.25, 2)
 
 
 def low_rank(
@@ -50,16 +52,28 @@ def low_rank(
     """
     factors: dict[str, list[list[tuple[Tensor, Tensor]]]] = {}  # matrix -> expert -> (u, v) of its pieces
     energies: dict[str, list[Tensor]] = {}
+    ranks: dict[str, list[int]] = {}
     prices, parameters = {}, 0
-    for e in range(num_experts):
-        gate_up, down = residual(e)
-        parameters += gate_up.numel() + down.numel()
-        for matrix, pieces in _pieces(gate_up, down, factorization, gated).items():
-            prices[matrix] = _block_price(pieces)
-            triplets = [truncated_svd(p, _offered_rank(pieces, retain)) for p in pieces]
-            factors.setdefault(matrix, []).append([(u.to(dtype), v.to(dtype)) for u, v, _ in triplets])
-            energies.setdefault(matrix, []).append(_by_blocks([sigma.square() for _, _, sigma in triplets]))
-    ranks = _bought_ranks(energies, prices, parameters, retain)
+    for offer in OFFERS:
+        for e in range(num_experts):
+            # A matrix again only if all its blocks were bought: more on offer there cannot make others buy more.
+            short = [m for m in ranks if ranks[m][e] == RANK_BLOCK * len(energies[m][e])]
+            if ranks and not short:
+                continue
+            gate_up, down = residual(e)
+            for matrix, pieces in _pieces(gate_up, down, factorization, gated).items():
+                rank = _offered_rank(pieces, retain, offer)
+                if not ranks:
+                    parameters += sum(p.numel() for p in pieces)
+                    prices[matrix] = _block_price(pieces)
+                    factors.setdefault(matrix, []).append([])
+                    energies.setdefault(matrix, []).append(gate_up.new_zeros(0))
+                elif matrix not in short or rank == ranks[matrix][e]:
+                    continue
+                triplets = [truncated_svd(p, rank) for p in pieces]
+                factors[matrix][e] = [(u.to(dtype), v.to(dtype)) for u, v, _ in triplets]
+                energies[matrix][e] = _by_blocks([sigma.square() for _, _, sigma in triplets])
+        ranks = _bought_ranks(energies, prices, parameters, retain)
     kept = {
         matrix: [[(u[:rank], v[:rank]) for u, v in pairs] for pairs, rank in zip(experts, ranks[matrix], strict=True)]
         for matrix, experts in factors.items()
@@ -146,11 +160,11 @@ def _block_price(pieces: Sequence[Tensor]) -> int:
     return RANK_BLOCK * sum(sum(p.shape) for p in pieces)
 
 
-def _offered_rank(pieces: Sequence[Tensor], retain: float) -> int:
-    """Twice the rank that costs ``retain`` of the pieces' parameters, at most full; a multiple of 16."""
+def _offered_rank(pieces: Sequence[Tensor], retain: float, offer: float = OFFERS[-1]) -> int:
+    """``offer`` times the rank that costs ``retain`` of the pieces' parameters, at most full; a multiple of 16."""
     full = min(pieces[0].shape)
     even = retain * sum(p.numel() for p in pieces) / sum(sum(p.shape) for p in pieces)
-    rank = full if retain == 1 else min(full, math.ceil(2 * even))
+    rank = full if retain == 1 else min(full, math.ceil(offer * even))
     return -(-rank // RANK_BLOCK) * RANK_BLOCK
 
 

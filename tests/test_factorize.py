@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import resmoe_kernels.python_ops.factorize as factorize
 from resmoe_kernels.factored import FACTORIZATIONS, MATRICES, FactoredExperts
 from resmoe_kernels.python_ops.factorize import low_rank, low_rank_at, low_rank_curves
 
@@ -166,15 +167,32 @@ def test_factors_come_in_the_requested_dtype_contiguous(factorization):
         assert tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes, name
 
 
-def test_residuals_are_asked_for_once_and_in_order():
-    residuals, asked = make_residuals(), []
+def test_residuals_are_asked_for_in_order_and_again_only_where_all_on_offer_was_bought():
+    residuals, asked = make_residuals(hidden=192, inter=256), []
+    residuals[1] = tuple(0.001 * m for m in residuals[1])
+    residuals[2] = tuple(100 * m for m in residuals[2])
 
     def residual(e):
         asked.append(e)
         return residuals[e]
 
     low_rank(residual, 3, retain=0.25)
-    assert asked == [0, 1, 2]
+    assert asked[:3] == [0, 1, 2]
+    assert 2 in asked[3:] and 1 not in asked[3:]
+    assert asked[3:] == sorted(set(asked[3:]))
+
+
+@pytest.mark.parametrize("factorization", FACTORIZATIONS)
+@pytest.mark.parametrize("retain", [0.1, 0.25, 0.5, 0.9, 1])
+def test_offering_ranks_in_two_steps_changes_nothing(monkeypatch, factorization, retain):
+    residuals = make_residuals(hidden=96, inter=128)
+    residuals[2] = tuple(10 * m for m in residuals[2])
+    found = low_rank(residuals.__getitem__, 3, retain=retain, factorization=factorization)
+    monkeypatch.setattr(factorize, "OFFERS", (2,))
+    expected = low_rank(residuals.__getitem__, 3, retain=retain, factorization=factorization)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
 
 
 # ---- at given ranks, and what ranks would save

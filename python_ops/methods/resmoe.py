@@ -165,7 +165,9 @@ class _Aligned:
     reported: dict[str, Any]
 
     def original(self, e: int) -> tuple[Tensor, Tensor]:
-        return split_design(design_matrix(self.experts, e)[self.permutations[e]], self.experts)[:2]
+        experts, order = self.experts, self.permutations[e].to(self.experts.down.device)
+        halves = experts.gate_up[e].unflatten(0, (-1, experts.intermediate_size))
+        return halves[:, order].flatten(0, 1).float(), experts.down[e][:, order].float()
 
     def residual(self, e: int) -> tuple[Tensor, Tensor]:
         gate_up, down = self.original(e)
