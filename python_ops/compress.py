@@ -116,9 +116,9 @@ def compress(
     consumed = {n for experts in chosen for n in reader.names_on_disk(experts.path, experts.parameter_names)}
     whole = DenseModel(dense, reader, found)
     workers = min(workers, len(chosen))
-    layer_bytes = max(map(_peak_bytes, chosen))
-    if engine == "processes" and workers > 1:
-        check_memory(workers, layer_bytes)
+    layer_bytes = max(_peak_bytes(chosen_method, experts) for experts in chosen)
+    if engine == "processes" and (workers > 1 or chosen_method.says_memory):
+        check_memory(workers, layer_bytes, chosen_method.less_memory)
 
     with _work_in(unfinished, job):
         if _is_done(target, job):  # another process was faster, or see above
@@ -226,8 +226,11 @@ def _opened(folder: Path, fingerprint: str, trust_remote_code: bool) -> tuple[nn
         raise OSError(f"{error}; every worker must see the same model under this path") from error
 
 
-def _peak_bytes(experts: ExpertsModule) -> int:
-    """What a worker needs at its peak for this layer: three times the layer in float32, and the process itself."""
+def _peak_bytes(method: Method | Chain, experts: ExpertsModule) -> int:
+    """What a worker needs at its peak for this layer, the process included: what the method says, or three times the
+    layer in float32."""
+    if method.says_memory:
+        return method.peak_bytes(experts) + _PROCESS_BYTES
     return 3 * 4 * sum(p.numel() for p in experts.module.parameters()) + _PROCESS_BYTES
 
 

@@ -24,8 +24,7 @@ from resmoe_kernels.python_ops.layouts import find_experts, select_layers
 from resmoe_kernels.python_ops.spectra import QUARTER, energy_kept, random_energy_kept, spectrum
 
 BUDGETS = (0.25, 0.375, 0.5)
-# Experts of a layer whose spectra and errors are taken, evenly spaced; alignment takes all. Expert 0, where the
-# barycenter starts, stays nearer to it than the others, and is among them only where all are.
+# Experts of a layer whose spectra and errors are taken, evenly spaced; alignment takes all.
 MEASURED = 8
 
 

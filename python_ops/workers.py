@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from resmoe_kernels.python_ops.memory import available_bytes, gib
 
 T = TypeVar("T")
 
@@ -34,19 +35,24 @@ def check_workers(engine: str, workers: int) -> None:
         _import_ray()
 
 
-def check_memory(workers: int, layer_bytes: int) -> None:
+def check_memory(workers: int, layer_bytes: int, advice: str | None = None) -> None:
     """Raises ValueError where this many layers at once need more memory than there is. Linux only: elsewhere the system
     does not say in one place what is available, and nothing is checked.
 
-    layer_bytes: what one worker needs at its peak
+    layer_bytes: what one worker needs at its peak;  advice: what to do where one is too many
     """
-    available = _available_bytes()
+    available = available_bytes()
     if available is None or workers * layer_bytes <= available:
         return
+    if workers == 1:
+        raise ValueError(
+            f"memory: a layer needs about {gib(layer_bytes)}, and {gib(available)} are available; "
+            + (advice or "free some, or use a machine with more, such as one of a cluster with engine='ray'")
+        )
     fit = available // layer_bytes
     raise ValueError(
-        f"workers: {workers} need {_gib(workers * layer_bytes)} of memory, {_gib(layer_bytes)} each, and "
-        f"{_gib(available)} are available; "
+        f"workers: {workers} need {gib(workers * layer_bytes)} of memory, {gib(layer_bytes)} each, and "
+        f"{gib(available)} are available; "
         + (f"use at most {fit} here" if fit > 1 else "use 1, which needs least, or more machines with engine='ray'")
     )
 
@@ -116,8 +122,8 @@ def on_ray(
         memory = int(max(machine.get("memory", 0) for machine in machines))
         if layer_bytes > memory:
             raise ValueError(
-                f"engine: a layer needs {_gib(layer_bytes)} of memory, and Ray's largest machine offers "
-                f"{_gib(memory)}; add a larger one to the cluster"
+                f"engine: a layer needs {gib(layer_bytes)} of memory, and Ray's largest machine offers "
+                f"{gib(memory)}; add a larger one to the cluster"
             )
         cpus = [int(machine.get("CPU", 0)) for machine in machines]
         threads = max(1, min(sum(cpus) // workers, max(cpus)))
@@ -162,15 +168,3 @@ def _lost_worker() -> ChildProcessError:
         "workers: one was killed, perhaps for want of memory; finished layers are kept: "
         "run the same command again, with fewer workers if memory was short"
     )
-
-
-def _available_bytes() -> int | None:
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return None
-    values = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    return int(values["MemAvailable"].removesuffix("kB")) << 10
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.3g} GiB"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -64,10 +64,25 @@ class Method:
     _plan: Callable[..., list[dict[str, Any]]] | None = None
     _find: Callable[[nn.Module], list[ExpertsModule]] | None = None
     _measure: Callable[..., dict[str, Tensor]] | None = None  # where the settings ask for it
+    _peak_bytes: Callable[..., int] | None = None
 
     def find(self, model: nn.Module) -> list[ExpertsModule]:
         """The modules it compresses. Raises ValueError if there are none."""
         return find_experts(model) if self._find is None else self._find(model)
+
+    @property
+    def says_memory(self) -> bool:
+        return self._peak_bytes is not None
+
+    @property
+    def less_memory(self) -> str | None:
+        """What to set where there is too little memory."""
+        return "use solver='assignment', which needs less" if self.settings.get("solver") == "pot" else None
+
+    def peak_bytes(self, found: ExpertsModule) -> int:
+        """What compressing this module takes, the module included."""
+        assert self._peak_bytes is not None
+        return self._peak_bytes(found.read(dict(found.module.named_parameters())), **self.settings)
 
     def plan(
         self,
@@ -119,6 +134,8 @@ class Chain:
 
     first: Method
     second: Method
+    says_memory: ClassVar[bool] = False
+    less_memory: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if self.second.needs_statistics and self.first.settings["parts"] > 1:
@@ -290,4 +307,5 @@ def _method(name: str, settings: dict[str, Any]) -> Method:
         getattr(module, "plan", None),
         getattr(module, "find", None),
         module.measure if hasattr(module, "measure") and module.measures(**settings) else None,
+        getattr(module, "peak_bytes", None),
     )
