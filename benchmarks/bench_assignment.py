@@ -6,7 +6,7 @@
 alone (``scores``). ``value`` is over the best value found for them, and so is ``gap``, what the solver says that it may
 be short of the best of all. Planted experts are sqrt(cosine) C[order] + sqrt(1 - cosine) Z, C common, each in an order
 of its own, C and Z normal; trained ones are the first two of a model's first layer, the second in a random order.
-``barycenter`` rows: 8 planted experts, or a layer; ``value`` is the objective over the smallest one.
+``barycenter`` rows: 8 planted experts in bfloat16, or a layer; ``value`` is the objective over the smallest one.
 A solver that is not installed (pip install lapx) is left out, and one whose last time, at n^3, would be over --limit s.
 Medians of --repeats runs, interleaved.
 """
@@ -110,8 +110,8 @@ def planted(count: int, n: int, depth: int, cosine: float) -> list[Tensor]:
 
 def planted_layer(n: int, depth: int, cosine: float) -> DenseExperts:
     thirds = [design.split(depth // 3, dim=1) for design in planted(8, n, depth // 3 * 3, cosine)]
-    gate_up = torch.stack([torch.cat([gate, up]) for gate, up, _ in thirds])
-    return DenseExperts(gate_up=gate_up, down=torch.stack([down.T for _, _, down in thirds]), gated=True)
+    gate_up = torch.stack([torch.cat([gate, up]) for gate, up, _ in thirds]).bfloat16()
+    return DenseExperts(gate_up=gate_up, down=torch.stack([down.T for _, _, down in thirds]).bfloat16(), gated=True)
 
 
 def trained_layer(folder: Path) -> DenseExperts:

@@ -125,6 +125,29 @@ def shown(model: str, method: str) -> dict[object, str]:
     return rows
 
 
+def test_the_times_of_layers_are_those_of_the_results():
+    section = README.split("How long it takes: one layer")[1].split("Nothing is trained by default")[0]
+    with (REPO / "benchmarks/results/layer.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3
+    for row in rows:
+        seconds = " | ".join(f"{float(row[name]):.0f} s" for name in ("align", "residual", "seconds"))
+        memory = " | ".join(f"{float(row[name]):.1f} GiB" for name in ("peak_gib", "layer_gib"))
+        assert f"| {row['experts']} | {seconds} | {memory} |" in section
+
+    with (REPO / "benchmarks/results/assignment.csv").open(newline="") as file:
+        measured = {(r["what"], r["experts"], r["n"], r["solver"]): r for r in csv.DictReader(file)}
+
+    def seconds_of(*case: str) -> float:
+        return float(measured[case]["seconds"])
+
+    largest = ("assignment", "cosine 0.02", "14336")
+    scores = seconds_of(*largest, "scores")
+    exact, scipy = (seconds_of(*largest, solver) - scores for solver in ("exact", "scipy"))
+    assert f"an exact assignment takes {exact:.1f} s beside the {scores:.1f} s of its scores" in section
+    assert f"scipy's solver {scipy:.0f} s" in section
+
+
 def test_the_gpu_section_says_what_the_accounts_and_the_compile_report_say():
     pytest.importorskip("triton")
     from test_costs import ideal_bytes, problem, shapes
