@@ -128,11 +128,11 @@ def barycenter(
 
     own = torch.arange(experts.intermediate_size).repeat(experts.num_experts, 1)
     if solver == "pot":
-        center = design_matrix(experts, 0) if init == "progressive" else _sum(experts, own) / experts.num_experts
+        center = design_matrix(experts, 0) if init == "progressive" else mean_design(experts, own)
         permutations, iterations, converged = _free_support(experts, center, own, max_iter, progress)
     else:
         permutations, iterations, converged = _descend(experts, own, energy, init, max_iter, tolerance, progress)
-    center = _sum(experts, permutations).div_(experts.num_experts)
+    center = mean_design(experts, permutations)
     objective = 0.0
     for e, permutation in enumerate(permutations):
         residual = design_matrix(experts, e)
@@ -165,6 +165,11 @@ def mean_cosine(experts: DenseExperts, permutations: Tensor | None = None) -> fl
             else:
                 _add(total, design, permutations[e], 1 / norm)
     return (squared_norm(total) - nonzero) / (count * (count - 1))
+
+
+def mean_design(experts: DenseExperts, permutations: Tensor) -> Tensor:
+    """The mean of the permuted design matrices: (I, D) float32.  permutations: (E, I) int64"""
+    return _sum(experts, permutations).div_(experts.num_experts)
 
 
 def squared_norm(matrix: Tensor) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 from resmoe_kernels.factored import BLOCK_KEPT, MATRICES, DenseExperts, FactoredExperts
 from resmoe_kernels.python_ops.align import squared_norm
 from resmoe_kernels.python_ops.budgets import buy_blocks
-from resmoe_kernels.python_ops.factorize import RANK_BLOCK, Residual, low_rank_at
+from resmoe_kernels.python_ops.factorize import RANK_BLOCK, Residual, block_energies, low_rank_at, offered_rank
 from resmoe_kernels.python_ops.methods import relative
 from resmoe_kernels.python_ops.prune import bitmap, block
 from resmoe_kernels.sparse import BLOCK
@@ -151,13 +151,8 @@ def _ranks(
     rows, prices = [], []
     for i in range(kept):
         for matrix, (N, K) in shapes.items():
-            full = -(-min(N, K) // RANK_BLOCK)
-            offered = full if share >= 1 else min(full, -(-ceil(2 * share * N * K / (N + K)) // RANK_BLOCK))
-            energy = energies[matrix][i]
-            # Below what rounding leaves of zeros there is nothing to buy.
-            energy = energy.where(energy > energy[0] * len(energy) * torch.finfo(torch.float64).eps, 0)
-            padded = torch.nn.functional.pad(energy, (0, full * RANK_BLOCK - len(energy)))
-            rows.append(padded.view(full, RANK_BLOCK).sum(1)[:offered])
+            most = offered_rank([(N, K)], share) // RANK_BLOCK
+            rows.append(block_energies(energies[matrix][i])[:most])
             prices.append(RANK_BLOCK * (N + K))
     bought = buy_blocks(rows, prices, budget)
     return {m: [RANK_BLOCK * n for n in bought[j :: len(MATRICES)]] for j, m in enumerate(MATRICES)}

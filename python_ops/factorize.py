@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from resmoe_kernels.python_ops.budgets import Curves, buy_blocks
-from resmoe_kernels.python_ops.svd import one_thread, truncated_svd
+from resmoe_kernels.python_ops.spectra import spectrum
+from resmoe_kernels.python_ops.svd import truncated_svd
 
 # e -> the residual of expert e: gate_up (N, H), down (H, I). On demand, so that one is alive at a time.
 Residual = Callable[[int], tuple[Tensor, Tensor]]
@@ -62,7 +63,7 @@ def low_rank(
                 continue
             gate_up, down = residual(e)
             for matrix, pieces in _pieces(gate_up, down, factorization, gated).items():
-                rank = _offered_rank(pieces, retain, offer)
+                rank = offered_rank([p.shape for p in pieces], retain, offer)
                 if not ranks:
                     parameters += sum(p.numel() for p in pieces)
                     prices[matrix] = _block_price(pieces)
@@ -118,9 +119,10 @@ def low_rank_curves(
         gate_up, down = residual(e)
         parameters += gate_up.numel() + down.numel()
         for matrix, pieces in _pieces(gate_up, down, factorization, gated).items():
-            energy = _by_blocks([_spectrum(piece) for piece in pieces])
+            energy = torch.stack([block_energies(spectrum(piece)) for piece in pieces]).sum(0)
+            most = offered_rank([p.shape for p in pieces], retain)
             energies.setdefault(matrix, []).append(energy)
-            offered.setdefault(matrix, []).append(energy[: _offered_rank(pieces, retain) // RANK_BLOCK])
+            offered.setdefault(matrix, []).append(energy[: most // RANK_BLOCK])
             prices[matrix] = _block_price(pieces)
     ranks = _bought_ranks(offered, prices, parameters, retain)
     return Curves(
@@ -160,10 +162,11 @@ def _block_price(pieces: Sequence[Tensor]) -> int:
     return RANK_BLOCK * sum(sum(p.shape) for p in pieces)
 
 
-def _offered_rank(pieces: Sequence[Tensor], retain: float, offer: float = OFFERS[-1]) -> int:
-    """``offer`` times the rank that costs ``retain`` of the pieces' parameters, at most full; a multiple of 16."""
-    full = min(pieces[0].shape)
-    even = retain * sum(p.numel() for p in pieces) / sum(sum(p.shape) for p in pieces)
+def offered_rank(shapes: Sequence[Sequence[int]], retain: float, offer: float = OFFERS[-1]) -> int:
+    """``offer`` times the rank that costs ``retain`` of the parameters of pieces of equal shapes, at most full; a
+    multiple of 16."""
+    full = min(shapes[0])
+    even = retain * sum(N * K for N, K in shapes) / sum(N + K for N, K in shapes)
     rank = full if retain == 1 else min(full, math.ceil(offer * even))
     return -(-rank // RANK_BLOCK) * RANK_BLOCK
 
@@ -172,18 +175,10 @@ def _by_blocks(energies: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(energies)).sum(0).view(-1, RANK_BLOCK).sum(1)
 
 
-def _spectrum(piece: Tensor) -> Tensor:
-    """sigma^2 of a matrix (N, K) float: float64, descending, zeros to a multiple of 16."""
-    tall = piece if piece.shape[0] >= piece.shape[1] else piece.T
-    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
-    for rows in tall.split(4096):  # a (28672, 4096) matrix at once in float64 is 0.9 GB
-        wide = rows.double()
-        gram += wide.T @ wide
-    with one_thread():
-        energy = torch.linalg.eigvalsh(gram).flip(0)
-    # Beyond the rank of a matrix are rounding errors: nothing to buy.
+def block_energies(energy: Tensor) -> Tensor:
+    """Of a spectrum, sigma^2 descending, the energy of every 16 triplets; what rounding leaves of zeros counts as 0."""
     energy = energy.where(energy > energy[0] * len(energy) * torch.finfo(torch.float64).eps, 0)
-    return torch.nn.functional.pad(energy, (0, -len(energy) % RANK_BLOCK)).cpu()
+    return torch.nn.functional.pad(energy, (0, -len(energy) % RANK_BLOCK)).view(-1, RANK_BLOCK).sum(1)
 
 
 def _stored(

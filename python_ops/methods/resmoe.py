@@ -15,8 +15,8 @@ from resmoe_kernels.python_ops.align import (
     SOLVERS,
     Progress,
     barycenter,
-    design_matrix,
     mean_cosine,
+    mean_design,
     split_design,
     squared_norm,
 )
@@ -188,10 +188,7 @@ def _align(experts: DenseExperts, init: str, solver: str, progress: Progress | N
 
 def _planned(experts: DenseExperts, plan: dict[str, Any]) -> _Aligned:
     """What was aligned for the plan, as it was then."""
-    center = torch.zeros_like(design_matrix(experts, 0))
-    for e, permutation in enumerate(plan["permutations"]):
-        center += design_matrix(experts, e)[permutation]
-    center /= experts.num_experts
+    center = mean_design(experts, plan["permutations"])
     return _Aligned(experts, plan["permutations"], _base(experts, center), plan["reported"])
 
 
