@@ -30,8 +30,7 @@ from tqdm import tqdm
 
 from resmoe_kernels.python_ops.align import barycenter, design_matrix, split_design
 from resmoe_kernels.python_ops.checkpoint import Checkpoint, ModuleReader
-from resmoe_kernels.python_ops.compress import build_on_meta
-from resmoe_kernels.python_ops.dense_model import DenseModel
+from resmoe_kernels.python_ops.dense_model import DenseModel, build_on_meta
 from resmoe_kernels.python_ops.layouts import find_experts
 from resmoe_kernels.python_ops.spectra import spectrum
 from resmoe_kernels.python_ops.svd import exact_svd, filtered_svd

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resmoe_kernels.ops import has_cpu_kernel
+from resmoe_kernels import ops
 
 _log = logging.getLogger("resmoe_kernels")
 _ROWS = 2048  # of scores at a time in another type beside them
@@ -50,7 +50,7 @@ def solve(score: Tensor, *, prices: Tensor | None = None, exact: bool = True) ->
     score = score.cpu().contiguous()
     if _is_built():
         start = score.new_zeros(len(score), dtype=torch.float64) if prices is None else prices
-        permutation, final_prices, value, gap = torch.ops.resmoe.assignment(score, start, exact)
+        permutation, final_prices, value, gap = ops.assignment(score, start, exact)
         return Assignment(permutation, value, gap, final_prices)
     if not bool(score.isfinite().all()):
         raise ValueError("score: must be below 2^120 and not a nan; check the matrices for an inf or a nan")
@@ -102,7 +102,7 @@ def _value(score: Tensor, permutation: Tensor) -> float:
 
 @cache
 def _is_built() -> bool:
-    built = has_cpu_kernel("assignment")
+    built = ops.has_cpu_kernel("assignment")
     if not built:
         _log.warning("assignments are solved by scipy, several times slower: the extension is not built")
     return built

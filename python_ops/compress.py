@@ -14,7 +14,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -35,7 +34,7 @@ from resmoe_kernels.python_ops.checkpoint import (
     write_subset,
     write_tensors,
 )
-from resmoe_kernels.python_ops.dense_model import DenseModel
+from resmoe_kernels.python_ops.dense_model import DenseModel, build_on_meta
 from resmoe_kernels.python_ops.hf_quantizer import FORMAT_VERSION, QUANT_METHOD, layer_spec
 from resmoe_kernels.python_ops.layer import PART_ROUTER
 from resmoe_kernels.python_ops.layouts import ExpertsModule, select_layers
@@ -385,30 +384,3 @@ def _remove(unfinished: Path) -> None:
         path.unlink(missing_ok=True)
     with suppress(OSError):  # a process that came for the lock just now; it removes the folder in turn
         unfinished.rmdir()
-
-
-def build_on_meta(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module:
-    """The dense model of a checkpoint, without memory for its weights.
-
-    Raises ValueError if the checkpoint is quantised already or its architecture cannot be built.
-    """
-    import transformers
-
-    quantised = checkpoint.config.get("quantization_config")
-    if quantised is not None:
-        kind = quantised.get("quant_method")
-        hint = "it is compressed already" if kind == "resmoe" else "start from an unquantised checkpoint"
-        raise ValueError(f"{checkpoint.folder}: holds {kind}-quantised weights; {hint}")
-    try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
-        architecture = (config.architectures or [""])[0]
-        native = getattr(transformers, architecture, None)
-        dtype = config.dtype or torch.float32
-        with torch.device("meta"):
-            if native is not None and not (trust_remote_code and "auto_map" in checkpoint.config):
-                return native._from_config(config, dtype=dtype)
-            auto = transformers.AutoModelForCausalLM
-            return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of any type: what a model's class says to values it does not like
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{checkpoint.folder}: transformers cannot build this model: {reason}") from error

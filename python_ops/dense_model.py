@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from resmoe_kernels.factored import DenseExperts
-from resmoe_kernels.python_ops.checkpoint import ModuleReader
+from resmoe_kernels.python_ops.checkpoint import Checkpoint, ModuleReader
 from resmoe_kernels.python_ops.layouts import ExpertsModule, find_experts
 from resmoe_kernels.python_ops.routers import change_choice
 from resmoe_kernels.python_ops.routing import RouterChange, Scoring
@@ -188,3 +188,30 @@ def _list_above(module: nn.Module, path: str) -> str | None:
     parts = path.split(".")
     above = (".".join(parts[:n]) for n in range(1, len(parts)))
     return next((p for p in above if isinstance(module.get_submodule(p), nn.ModuleList)), None)
+
+
+def build_on_meta(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module:
+    """The dense model of a checkpoint, without memory for its weights.
+
+    Raises ValueError if the checkpoint is quantised already or its architecture cannot be built.
+    """
+    import transformers
+
+    quantised = checkpoint.config.get("quantization_config")
+    if quantised is not None:
+        kind = quantised.get("quant_method")
+        hint = "it is compressed already" if kind == "resmoe" else "start from an unquantised checkpoint"
+        raise ValueError(f"{checkpoint.folder}: holds {kind}-quantised weights; {hint}")
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        architecture = (config.architectures or [""])[0]
+        native = getattr(transformers, architecture, None)
+        dtype = config.dtype or torch.float32
+        with torch.device("meta"):
+            if native is not None and not (trust_remote_code and "auto_map" in checkpoint.config):
+                return native._from_config(config, dtype=dtype)
+            auto = transformers.AutoModelForCausalLM
+            return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of any type: what a model's class says to values it does not like
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{checkpoint.folder}: transformers cannot build this model: {reason}") from error

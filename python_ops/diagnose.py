@@ -18,8 +18,7 @@ from resmoe_kernels.factored import MATRICES, DenseExperts
 from resmoe_kernels.python_ops.align import Progress, barycenter, design_matrix, mean_cosine, split_design, squared_norm
 from resmoe_kernels.python_ops.byte_budgets import RESIDUALS, FormError, errors_at, integer_errors, matrix_bytes
 from resmoe_kernels.python_ops.checkpoint import Checkpoint, ModuleReader
-from resmoe_kernels.python_ops.compress import build_on_meta
-from resmoe_kernels.python_ops.dense_model import DenseModel
+from resmoe_kernels.python_ops.dense_model import DenseModel, build_on_meta
 from resmoe_kernels.python_ops.layouts import find_experts, select_layers
 from resmoe_kernels.python_ops.spectra import QUARTER, energy_kept, random_energy_kept, spectrum
 

@@ -206,6 +206,15 @@ _lib.define("decode_limits() -> int[]")  # see experts_cuda.limits
 _lib.define("assignment(Tensor score, Tensor prices, bool exact) -> (Tensor, Tensor, float, float)")
 
 
+def assignment(score: Tensor, prices: Tensor, exact: bool) -> tuple[Tensor, Tensor, float, float]:
+    """Linear assignment, see csrc/assignment.h; needs the extension.
+
+    score: (n, n) float32 and prices: (n,) float64, contiguous, on the CPU
+    Returns columns (n,) int64, prices (n,) float64, value and gap.
+    """
+    return torch.ops.resmoe.assignment(score, prices, exact)
+
+
 def cpu_isa() -> str:
     """The instruction set whose kernels run on this CPU; needs the extension."""
     return torch.ops.resmoe.cpu_isa()

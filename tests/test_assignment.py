@@ -9,7 +9,7 @@ import scipy.optimize
 import torch
 
 import resmoe_kernels.python_ops.assignment as module
-from resmoe_kernels.ops import has_cpu_kernel
+from resmoe_kernels.ops import assignment, has_cpu_kernel
 from resmoe_kernels.python_ops.assignment import assign, inner_products, solve
 
 needs_extension = pytest.mark.skipif(not has_cpu_kernel("assignment"), reason="the extension is not built")
@@ -124,7 +124,7 @@ def test_scipy_solves_where_the_extension_is_not_built(by_scipy):
 
 
 def test_it_says_that_scipy_solves(monkeypatch, caplog):
-    monkeypatch.setattr(module, "has_cpu_kernel", lambda op: False)
+    monkeypatch.setattr(module.ops, "has_cpu_kernel", lambda op: False)
     module._is_built.cache_clear()
     with caplog.at_level(logging.WARNING, "resmoe_kernels"):
         solve(torch.eye(3))
@@ -155,7 +155,7 @@ def test_scores_must_be_square_and_float32(score):
 
 @needs_extension
 def test_the_op_refuses_what_it_cannot_read():
-    op, square = torch.ops.resmoe.assignment, torch.zeros(3, 3)
+    op, square = assignment, torch.zeros(3, 3)
     prices = torch.zeros(3, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"^score: must be \(n, n\) contiguous float32, got \(3, 2\) Float"):
         op(square[:, :2].contiguous(), prices, True)

@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import resmoe_kernels as rk
 from resmoe_kernels.python_ops.calibrate import SAMPLE, collect, windows
 from resmoe_kernels.python_ops.checkpoint import Checkpoint, ModuleReader
-from resmoe_kernels.python_ops.compress import build_on_meta
-from resmoe_kernels.python_ops.dense_model import DenseModel
+from resmoe_kernels.python_ops.dense_model import DenseModel, build_on_meta
 from resmoe_kernels.python_ops.routing import RouterChange
 from resmoe_kernels.python_ops.statistics import LayerStatistics, Statistics
 

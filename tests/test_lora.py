@@ -77,7 +77,9 @@ def test_tuning_a_compressed_model_helps_on_text_it_was_not_tuned_on(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
-@pytest.mark.parametrize("settings", [{}, {"retain": 1.0}, {"method": "resmoe"}], ids=["moe-i2", "pruned", "resmoe"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"retain": 1.0}, {"method": "resmoe", "retain": 0.5}], ids=["moe-i2", "pruned", "resmoe"]
+)
 def test_attention_and_factors_are_trained_and_nothing_else(family, settings):
     model = compressed(family, **settings)
     before = copy.deepcopy(model.state_dict())
