@@ -58,6 +58,13 @@ def design_matrix(experts: DenseExperts, e: int) -> Tensor:
     return design
 
 
+def in_order(experts: DenseExperts, e: int, permutation: Tensor) -> tuple[Tensor, Tensor]:
+    """gate_up (2I, H) or (I, H) and down (H, I) of expert e, float32, its neurons permuted: permutation (I,) int64."""
+    order = permutation.to(experts.down.device)
+    halves = experts.gate_up[e].unflatten(0, (-1, experts.intermediate_size))
+    return halves[:, order].flatten(0, 1).float(), experts.down[e][:, order].float()
+
+
 def split_design(design: Tensor, like: DenseExperts) -> tuple[Tensor, Tensor, Tensor | None]:
     """The inverse of ``design_matrix`` for experts shaped as ``like``.
 

@@ -39,7 +39,8 @@ def solve(score: Tensor, *, prices: Tensor | None = None, exact: bool = True) ->
 
     score: (n, n) float32, copied to the CPU from where it is
     prices: (n,) float64, where to start: those of a similar matrix; zeros by default, which take as long
-    exact: without it the last step is left out: about 1/10 of the time at most, and a gap of about 1/1000 of the value
+    exact: without it rows that could do slightly better keep what they have: hardly faster, and a gap of a few
+        millionths of the value on normal numbers
 
     Takes the extension's solver, see csrc/assignment.h, or, where it is not built, scipy's, which is always exact.
     Raises ValueError: a score is not finite or 2^120 or more, scipy needed and not installed.

@@ -95,7 +95,6 @@ def compress(
     data = calibration_data(
         chosen_method, source.folder, fingerprint, calibration, calibration_tokens, moments, trust_remote_code
     )
-    fingerprint = _fingerprint(source)
     job = {
         "source": fingerprint,
         "settings": {"method": method, "layers": layers, **chosen_method.settings, **data.described},

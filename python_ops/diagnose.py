@@ -15,7 +15,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from resmoe_kernels.factored import MATRICES, DenseExperts
-from resmoe_kernels.python_ops.align import Progress, barycenter, design_matrix, mean_cosine, split_design, squared_norm
+from resmoe_kernels.python_ops.align import (
+    Progress,
+    barycenter,
+    design_matrix,
+    in_order,
+    mean_cosine,
+    split_design,
+    squared_norm,
+)
 from resmoe_kernels.python_ops.byte_budgets import RESIDUALS, FormError, errors_at, integer_errors, matrix_bytes
 from resmoe_kernels.python_ops.checkpoint import Checkpoint, ModuleReader
 from resmoe_kernels.python_ops.dense_model import DenseModel, build_on_meta
@@ -110,13 +118,13 @@ def diagnose_layer(
         say(f"errors: expert {e} of {count}")
         return experts.gate_up[e].float(), experts.down[e].float()
 
-    def in_order(e: int) -> tuple[Tensor, Tensor]:
+    def permuted(e: int) -> tuple[Tensor, Tensor]:
         say(f"errors: expert {e} of {count}, aligned")
-        return split_design(design_matrix(experts, e)[aligned.permutations[e]], experts)[:2]
+        return in_order(experts, e, aligned.permutations[e])
 
     energy = left = 0.0
     for e in range(count):
-        gate_up, down = in_order(e)
+        gate_up, down = permuted(e)
         energy += squared_norm(gate_up) + squared_norm(down)
         left += squared_norm(gate_up - base_gate_up) + squared_norm(down - base_down)
     kept = min(count, MEASURED)
@@ -125,10 +133,10 @@ def diagnose_layer(
     own: dict[str, list[Tensor]] = {m: [] for m in MATRICES}
     residual: dict[str, list[Tensor]] = {m: [] for m in MATRICES}
     for e in measured:
-        for matrix, weight, shared in zip(MATRICES, in_order(e), base, strict=True):
+        for matrix, weight, shared in zip(MATRICES, permuted(e), base, strict=True):
             own[matrix].append(spectrum(weight))
             residual[matrix].append(spectrum(weight - shared))
-    errors = errors_at(experts, measured, in_order, base, budgets, residual)
+    errors = errors_at(experts, measured, permuted, base, budgets, residual)
     errors += errors_at(experts, measured, original, None, budgets, own)
     errors += integer_errors(experts, measured, original)
     return LayerDiagnosis(

@@ -53,28 +53,26 @@ def low_rank(
     """
     factors: dict[str, list[list[tuple[Tensor, Tensor]]]] = {}  # matrix -> expert -> (u, v) of its pieces
     energies: dict[str, list[Tensor]] = {}
-    ranks: dict[str, list[int]] = {}
-    prices, parameters = {}, 0
-    for offer in OFFERS:
-        for e in range(num_experts):
-            # A matrix again only if all its blocks were bought: more on offer there cannot make others buy more.
-            short = [m for m in ranks if ranks[m][e] == RANK_BLOCK * len(energies[m][e])]
-            if ranks and not short:
-                continue
-            gate_up, down = residual(e)
-            for matrix, pieces in _pieces(gate_up, down, factorization, gated).items():
-                rank = offered_rank([p.shape for p in pieces], retain, offer)
-                if not ranks:
-                    parameters += sum(p.numel() for p in pieces)
-                    prices[matrix] = _block_price(pieces)
-                    factors.setdefault(matrix, []).append([])
-                    energies.setdefault(matrix, []).append(gate_up.new_zeros(0))
-                elif matrix not in short or rank == ranks[matrix][e]:
-                    continue
-                triplets = [truncated_svd(p, rank) for p in pieces]
-                factors[matrix][e] = [(u.to(dtype), v.to(dtype)) for u, v, _ in triplets]
-                energies[matrix][e] = _by_blocks([sigma.square() for _, _, sigma in triplets])
-        ranks = _bought_ranks(energies, prices, parameters, retain)
+    shapes: dict[str, list[torch.Size]] = {}
+    for e in range(num_experts):
+        gate_up, down = residual(e)
+        for matrix, pieces in _pieces(gate_up, down, factorization, gated).items():
+            shapes[matrix] = [p.shape for p in pieces]
+            pairs, energy = _decomposed(pieces, offered_rank(shapes[matrix], retain, OFFERS[0]), dtype)
+            factors.setdefault(matrix, []).append(pairs)
+            energies.setdefault(matrix, []).append(energy)
+    prices = {matrix: _block_price(shapes[matrix]) for matrix in shapes}
+    parameters = num_experts * sum(s.numel() for of_matrix in shapes.values() for s in of_matrix)
+    ranks = _bought_ranks(energies, prices, parameters, retain)
+    most = {matrix: offered_rank(shapes[matrix], retain, OFFERS[-1]) for matrix in shapes}
+    for e in range(num_experts):
+        # A matrix again only if all its blocks were bought: more on offer there cannot make others buy more.
+        short = [m for m in ranks if RANK_BLOCK * len(energies[m][e]) == ranks[m][e] < most[m]]
+        if short:
+            again = _pieces(*residual(e), factorization, gated)
+            for matrix in short:
+                factors[matrix][e], energies[matrix][e] = _decomposed(again[matrix], most[matrix], dtype)
+    ranks = _bought_ranks(energies, prices, parameters, retain)
     kept = {
         matrix: [[(u[:rank], v[:rank]) for u, v in pairs] for pairs, rank in zip(experts, ranks[matrix], strict=True)]
         for matrix, experts in factors.items()
@@ -99,8 +97,7 @@ def low_rank_at(
         gate_up, down = residual(e)
         pieces = _pieces(gate_up, down, factorization, gated)
         for matrix, rank in zip(ranks, of_expert, strict=True):
-            triplets = [truncated_svd(p, rank) for p in pieces[matrix]]
-            factors[matrix].append([(u.to(dtype), v.to(dtype)) for u, v, _ in triplets])
+            factors[matrix].append(_decomposed(pieces[matrix], rank, dtype)[0])
     return _stored(factors, ranks, factorization, down)
 
 
@@ -123,7 +120,7 @@ def low_rank_curves(
             most = offered_rank([p.shape for p in pieces], retain)
             energies.setdefault(matrix, []).append(energy)
             offered.setdefault(matrix, []).append(energy[: most // RANK_BLOCK])
-            prices[matrix] = _block_price(pieces)
+            prices[matrix] = _block_price([p.shape for p in pieces])
     ranks = _bought_ranks(offered, prices, parameters, retain)
     return Curves(
         {m: torch.stack(rows) for m, rows in energies.items()},
@@ -157,9 +154,16 @@ def _pieces(gate_up: Tensor, down: Tensor, factorization: str, gated: bool) -> d
     return {"gate_up": halves if factorization == "separate" else [gate_up], "down": [down]}
 
 
-def _block_price(pieces: Sequence[Tensor]) -> int:
-    """The parameters of 16 triplets of each."""
-    return RANK_BLOCK * sum(sum(p.shape) for p in pieces)
+def _decomposed(pieces: Sequence[Tensor], rank: int, dtype: torch.dtype) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """(u, v) of every piece, and the energy of every 16 triplets, of all pieces together."""
+    triplets = [truncated_svd(p, rank) for p in pieces]
+    energy = torch.stack([sigma.square() for _, _, sigma in triplets]).sum(0).view(-1, RANK_BLOCK).sum(1)
+    return [(u.to(dtype), v.to(dtype)) for u, v, _ in triplets], energy
+
+
+def _block_price(shapes: Sequence[torch.Size]) -> int:
+    """The parameters of 16 triplets of each piece."""
+    return RANK_BLOCK * sum(sum(s) for s in shapes)
 
 
 def offered_rank(shapes: Sequence[Sequence[int]], retain: float, offer: float = OFFERS[-1]) -> int:
@@ -169,10 +173,6 @@ def offered_rank(shapes: Sequence[Sequence[int]], retain: float, offer: float = 
     even = retain * sum(N * K for N, K in shapes) / sum(N + K for N, K in shapes)
     rank = full if retain == 1 else min(full, math.ceil(offer * even))
     return -(-rank // RANK_BLOCK) * RANK_BLOCK
-
-
-def _by_blocks(energies: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(energies)).sum(0).view(-1, RANK_BLOCK).sum(1)
 
 
 def block_energies(energy: Tensor) -> Tensor:

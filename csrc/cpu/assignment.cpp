@@ -16,8 +16,8 @@ constexpr uint32_t kLargest = (120 + 127) << 23;  // the bits of 2^120: differen
 constexpr int64_t kListed = 64;  // columns a row knows: 32 are read anew more often, 128 take longer to bid over
 constexpr int64_t kSampled = 256;
 // The steps of two auctions, as parts of a row's lead: how far its second column is ahead of the last listed one. With the
-// second step alone weights of a trained model took a third longer; with the first alone, rows of very uneven norms 30 times
-// as long, because what an auction leaves undone goes to the paths.
+// second step alone weights of a trained model took a third longer; with the first alone, 1000 rows of very uneven norms
+// 1.9 s instead of 1.3, because what an auction leaves undone goes to the paths.
 constexpr double kSteps[] = {0.002, 0.00002};
 // Rows that differ little outbid each other by small steps for very long; the paths take over from them.
 constexpr int64_t kBidsPerRow = 64;

@@ -65,6 +65,7 @@ class Method:
     _find: Callable[[nn.Module], list[ExpertsModule]] | None = None
     _measure: Callable[..., dict[str, Tensor]] | None = None  # where the settings ask for it
     _peak_bytes: Callable[..., int] | None = None
+    less_memory: str | None = None  # what to set where there is too little
 
     def find(self, model: nn.Module) -> list[ExpertsModule]:
         """The modules it compresses. Raises ValueError if there are none."""
@@ -73,11 +74,6 @@ class Method:
     @property
     def says_memory(self) -> bool:
         return self._peak_bytes is not None
-
-    @property
-    def less_memory(self) -> str | None:
-        """What to set where there is too little memory."""
-        return "use solver='assignment', which needs less" if self.settings.get("solver") == "pot" else None
 
     def peak_bytes(self, found: ExpertsModule) -> int:
         """What compressing this module takes, the module included."""
@@ -308,4 +304,5 @@ def _method(name: str, settings: dict[str, Any]) -> Method:
         getattr(module, "find", None),
         module.measure if hasattr(module, "measure") and module.measures(**settings) else None,
         getattr(module, "peak_bytes", None),
+        module.less_memory(**settings) if hasattr(module, "less_memory") else None,
     )

@@ -15,6 +15,7 @@ from resmoe_kernels.python_ops.align import (
     SOLVERS,
     Progress,
     barycenter,
+    in_order,
     mean_cosine,
     mean_design,
     split_design,
@@ -165,9 +166,7 @@ class _Aligned:
     reported: dict[str, Any]
 
     def original(self, e: int) -> tuple[Tensor, Tensor]:
-        experts, order = self.experts, self.permutations[e].to(self.experts.down.device)
-        halves = experts.gate_up[e].unflatten(0, (-1, experts.intermediate_size))
-        return halves[:, order].flatten(0, 1).float(), experts.down[e][:, order].float()
+        return in_order(self.experts, e, self.permutations[e])
 
     def residual(self, e: int) -> tuple[Tensor, Tensor]:
         gate_up, down = self.original(e)
@@ -303,6 +302,10 @@ def peak_bytes(experts: DenseExperts, *, solver: str, retain: float, **_: Any) -
     if solver == "pot":
         align = layer + 2 * ((2 * count + 2) * design + 4 * scores)
     return max(align, residual)
+
+
+def less_memory(*, solver: str, **_: Any) -> str | None:
+    return "use solver='assignment', which needs less" if solver == "pot" else None
 
 
 def needs_statistics(*, budget: str, **_: Any) -> bool:
