@@ -31,9 +31,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from resmoe_kernels.factored import DenseExperts
-from resmoe_kernels.python_ops.align import barycenter, design_matrix
-from resmoe_kernels.python_ops.assignment import solve
-from resmoe_kernels.python_ops.dense_model import DenseModel
+from resmoe_kernels.python_ops.models.dense_model import DenseModel
+from resmoe_kernels.python_ops.solvers.align import barycenter, design_matrix
+from resmoe_kernels.python_ops.solvers.assignment import solve
 
 SIZES = (256, 512, 1024, 2048, 4096, 8192, 14336)
 COSINES = (0.02, 0.1, 0.3, 0.5)

@@ -29,10 +29,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import resmoe_kernels as rk
 from resmoe_kernels.factored import DenseExperts
-from resmoe_kernels.python_ops.align import Barycenter, barycenter, design_matrix, split_design, squared_norm
-from resmoe_kernels.python_ops.assignment import assign
-from resmoe_kernels.python_ops.layouts import find_experts
 from resmoe_kernels.python_ops.methods import resmoe as method
+from resmoe_kernels.python_ops.models.layouts import find_experts
+from resmoe_kernels.python_ops.solvers.align import Barycenter, barycenter, design_matrix, split_design, squared_norm
+from resmoe_kernels.python_ops.solvers.assignment import assign
 
 Found = tuple[Tensor, int, int]  # permutations (E, I), sweeps, assignments
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import resmoe_kernels as rk
 from resmoe_kernels.factored import MATRICES
 from resmoe_kernels.python_ops.cli import inspect_layers
-from resmoe_kernels.python_ops.layouts import expert_nbytes
+from resmoe_kernels.python_ops.models.layouts import expert_nbytes
 
 FORMS = {
     "lowrank": {"residual": "lowrank"},

@@ -21,10 +21,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import resmoe_kernels as rk
-from resmoe_kernels.python_ops.calibrate import collect, windows
-from resmoe_kernels.python_ops.dense_model import DenseModel
+from resmoe_kernels.python_ops.calibration.calibrate import collect, windows
 from resmoe_kernels.python_ops.methods.xmoe import find, mass_for
-from resmoe_kernels.python_ops.routing import part_shares
+from resmoe_kernels.python_ops.models.dense_model import DenseModel
+from resmoe_kernels.python_ops.models.routing import part_shares
 
 COLUMNS = ("parts", "split", "part_router", "target_share", "share", "perplexity", "seconds_to_split")
 WAYS = (("activations", "activations"), ("contiguous", "activations"), ("activations", "weights"))

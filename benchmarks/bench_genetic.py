@@ -22,11 +22,11 @@ from shapes import SHAPES
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from resmoe_kernels.python_ops.calibrate import collect, windows
-from resmoe_kernels.python_ops.dense_model import DenseModel
-from resmoe_kernels.python_ops.expert_outputs import ExpertOutputs, expert_outputs
-from resmoe_kernels.python_ops.genetic import Sets, search
-from resmoe_kernels.python_ops.routing import select
+from resmoe_kernels.python_ops.calibration.calibrate import collect, windows
+from resmoe_kernels.python_ops.models.dense_model import DenseModel
+from resmoe_kernels.python_ops.models.routing import select
+from resmoe_kernels.python_ops.solvers.expert_outputs import ExpertOutputs, expert_outputs
+from resmoe_kernels.python_ops.solvers.genetic import Sets, search
 
 BATCH = 100  # candidates at a time: the search's population
 RUNS = 5  # candidates for which the layer is run

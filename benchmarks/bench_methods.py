@@ -22,9 +22,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import resmoe_kernels as rk
-from resmoe_kernels.python_ops.calibrate import windows
-from resmoe_kernels.python_ops.layouts import expert_nbytes, find_experts
+from resmoe_kernels.python_ops.calibration.calibrate import windows
 from resmoe_kernels.python_ops.methods import method_named
+from resmoe_kernels.python_ops.models.layouts import expert_nbytes, find_experts
 
 HELD_OUT_TOKENS = 4096
 

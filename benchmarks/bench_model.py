@@ -32,8 +32,8 @@ from transformers import AutoModelForCausalLM, OlmoeConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 import resmoe_kernels as rk
-from resmoe_kernels.python_ops.layer import FactoredExpertsLayer
-from resmoe_kernels.python_ops.layouts import expert_nbytes, find_experts
+from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer
+from resmoe_kernels.python_ops.models.layouts import expert_nbytes, find_experts
 
 MODELS = ("bundled", "olmoe")
 IMPLEMENTATIONS = {"dense": ("eager", "grouped_mm")}  # of transformers; every other form has its backend

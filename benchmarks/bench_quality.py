@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import resmoe_kernels as rk
-from resmoe_kernels.python_ops.layouts import expert_nbytes
+from resmoe_kernels.python_ops.models.layouts import expert_nbytes
 
 FORMS = {
     **{f: {"residual": "lowrank", "factorization": f} for f in ("stacked", "separate", "joint")},

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from resmoe_kernels.python_ops.align import barycenter, design_matrix, split_design
-from resmoe_kernels.python_ops.checkpoint import Checkpoint, ModuleReader
-from resmoe_kernels.python_ops.dense_model import DenseModel, build_on_meta
-from resmoe_kernels.python_ops.layouts import find_experts
-from resmoe_kernels.python_ops.spectra import spectrum
-from resmoe_kernels.python_ops.svd import exact_svd, filtered_svd
+from resmoe_kernels.python_ops.models.checkpoint import Checkpoint, ModuleReader
+from resmoe_kernels.python_ops.models.dense_model import DenseModel, build_on_meta
+from resmoe_kernels.python_ops.models.layouts import find_experts
+from resmoe_kernels.python_ops.solvers.align import barycenter, design_matrix, split_design
+from resmoe_kernels.python_ops.solvers.spectra import spectrum
+from resmoe_kernels.python_ops.solvers.svd import exact_svd, filtered_svd
 
 # Rows, columns, ranks: what a quarter and half of a matrix's parameters buy, rounded up to 16.
 SHAPES = {

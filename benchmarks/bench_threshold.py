@@ -27,7 +27,7 @@ from torch import Tensor
 import resmoe_kernels as rk
 from resmoe_kernels.packed import PackedExperts
 from resmoe_kernels.python_ops.methods.xmoe import mass_for
-from resmoe_kernels.python_ops.routing import Scoring, Threshold, select
+from resmoe_kernels.python_ops.models.routing import Scoring, Threshold, select
 
 COLUMNS = (
     "shape", "tokens", "implementation", "threads", "rounds", "threshold", "experts_per_token", "most_experts",

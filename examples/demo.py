@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import resmoe_kernels as rk
 from resmoe_kernels.python_ops.cli import continuation, inspect_checkpoint
-from resmoe_kernels.python_ops.layer import FactoredExpertsLayer
-from resmoe_kernels.python_ops.layouts import expert_nbytes
+from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer
+from resmoe_kernels.python_ops.models.layouts import expert_nbytes
 
 HERE = Path(__file__).resolve().parent
 DENSE = HERE / "tiny-mixtral"

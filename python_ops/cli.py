@@ -44,7 +44,7 @@ def compress_command(
     trust_remote_code: Remote = False,
 ) -> None:
     """Compress the experts of MODEL into OUT. Interrupted, the same command goes on where it stopped."""
-    from resmoe_kernels.python_ops.compress import compress
+    from resmoe_kernels.python_ops.jobs.compress import compress
 
     compress(
         model,
@@ -132,9 +132,9 @@ def diagnose_command(
     """
     from dataclasses import asdict
 
-    from resmoe_kernels.python_ops.diagnose import diagnose, verdict
-    from resmoe_kernels.python_ops.diagnose_plot import check_plot
-    from resmoe_kernels.python_ops.diagnose_plot import plot as draw
+    from resmoe_kernels.python_ops.tools.diagnose import diagnose, verdict
+    from resmoe_kernels.python_ops.tools.diagnose_plot import check_plot
+    from resmoe_kernels.python_ops.tools.diagnose_plot import plot as draw
 
     if plot is not None:
         check_plot(plot)
@@ -157,8 +157,8 @@ def _budgets(words: str) -> list[float]:
 
 def _print_diagnosis(layers: list) -> None:
     from resmoe_kernels.factored import MATRICES
-    from resmoe_kernels.python_ops.diagnose import model_errors
-    from resmoe_kernels.python_ops.spectra import QUARTER
+    from resmoe_kernels.python_ops.solvers.spectra import QUARTER
+    from resmoe_kernels.python_ops.tools.diagnose import model_errors
 
     quarter = [f"1/4 rank of {m}: weight, residual, random" for m in MATRICES]
     table = Table("layer", "measured", "cosine before", "after alignment", "energy of residual", *quarter)
@@ -204,8 +204,8 @@ def eval_command(
     trust_remote_code: Remote = False,
 ) -> None:
     """Evaluate checkpoints side by side: bytes of the experts, perplexity, accuracies."""
-    from resmoe_kernels.python_ops.evaluate import evaluate
-    from resmoe_kernels.python_ops.layouts import expert_nbytes
+    from resmoe_kernels.python_ops.models.layouts import expert_nbytes
+    from resmoe_kernels.python_ops.tools.evaluate import evaluate
 
     rows: dict[str, dict[str, float]] = {}
     for folder in models:
@@ -237,7 +237,7 @@ def generate_command(
 @app.command("env")
 def env_command() -> None:
     """Show versions, what was built, GPUs, and the backends with the reason why one is missing."""
-    from resmoe_kernels.python_ops.environment import aligned, environment
+    from resmoe_kernels.python_ops.tools.environment import aligned, environment
 
     print(aligned(environment()))
 
@@ -248,8 +248,8 @@ def inspect_checkpoint(folder: str | Path) -> list[dict[str, Any]]:
 
     Read from config.json. Raises ValueError if the folder is not a whole factored checkpoint.
     """
-    from resmoe_kernels.python_ops.checkpoint import Checkpoint
-    from resmoe_kernels.python_ops.hf_quantizer import QUANT_METHOD, ResMoEConfig, check_complete
+    from resmoe_kernels.python_ops.models.checkpoint import Checkpoint
+    from resmoe_kernels.python_ops.models.hf_quantizer import QUANT_METHOD, ResMoEConfig, check_complete
 
     checkpoint = Checkpoint(folder)
     stored = checkpoint.config.get("quantization_config") or {}
@@ -267,8 +267,8 @@ def inspect_layers(specs: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _inspect_layer(path: str, spec: dict[str, Any]) -> dict[str, Any]:
     from resmoe_kernels.factored import MATRICES
-    from resmoe_kernels.python_ops.hf_quantizer import described_weights
-    from resmoe_kernels.python_ops.routing import RouterChange
+    from resmoe_kernels.python_ops.models.hf_quantizer import described_weights
+    from resmoe_kernels.python_ops.models.routing import RouterChange
 
     weights = described_weights(spec)
     tensors = weights.tensors()
@@ -355,7 +355,7 @@ def continuation(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
 def _load(folder: Path, trust_remote_code: bool):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from resmoe_kernels.python_ops.checkpoint import Checkpoint
+    from resmoe_kernels.python_ops.models.checkpoint import Checkpoint
 
     Checkpoint(folder)  # says in one line what is missing or truncated
     try:

@@ -19,10 +19,10 @@ _WHERE = {
     "backend": "ops",
     "backends": "ops",
     "explain": "ops",
-    "compress": "python_ops.compress",
-    "swap_experts": "python_ops.swap",
-    "evaluate": "python_ops.evaluate",
-    "calibrate": "python_ops.calibrate",
+    "compress": "python_ops.jobs.compress",
+    "swap_experts": "python_ops.jobs.swap",
+    "evaluate": "python_ops.tools.evaluate",
+    "calibrate": "python_ops.calibration.calibrate",
 }
 __all__ = ["__version__", *_WHERE]
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from resmoe_kernels.factored import DenseExperts, FactoredExperts  # noqa: F401
     from resmoe_kernels.ops import backend, backends, experts, explain  # noqa: F401
     from resmoe_kernels.packed import PackedExperts  # noqa: F401
-    from resmoe_kernels.python_ops.calibrate import calibrate  # noqa: F401
-    from resmoe_kernels.python_ops.compress import compress  # noqa: F401
-    from resmoe_kernels.python_ops.evaluate import evaluate  # noqa: F401
-    from resmoe_kernels.python_ops.swap import swap_experts  # noqa: F401
+    from resmoe_kernels.python_ops.calibration.calibrate import calibrate  # noqa: F401
+    from resmoe_kernels.python_ops.jobs.compress import compress  # noqa: F401
+    from resmoe_kernels.python_ops.jobs.swap import swap_experts  # noqa: F401
+    from resmoe_kernels.python_ops.tools.evaluate import evaluate  # noqa: F401
 
 
 def __getattr__(name: str):
@@ -61,7 +61,7 @@ def __dir__() -> list[str]:
 
 
 def _register_with_transformers() -> None:
-    _import("python_ops.hf_quantizer")
+    _import("python_ops.models.hf_quantizer")
 
 
 # transformers looks quantizers up in this module; from then on it can load a factored checkpoint.

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from resmoe_kernels.factored import DenseExperts
-from resmoe_kernels.python_ops import align, assignment
-from resmoe_kernels.python_ops.align import INITS, barycenter, design_matrix, mean_cosine, split_design
+from resmoe_kernels.python_ops.solvers import align, assignment
+from resmoe_kernels.python_ops.solvers.align import INITS, barycenter, design_matrix, mean_cosine, split_design
 
 
 def make_experts(count=4, hidden=6, inter=8, gated=True, bias=False, seed=0, dtype=torch.float32):
@@ -351,5 +351,5 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch, s
 
 
 def test_importing_this_module_imports_neither_package():
-    code = "import sys, resmoe_kernels.python_ops.align; assert not {'ot', 'scipy'} & set(sys.modules)"
+    code = "import sys, resmoe_kernels.python_ops.solvers.align; assert not {'ot', 'scipy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

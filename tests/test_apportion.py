@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resmoe_kernels.python_ops.apportion import Routed, apportion, prune_counts, shared_ranks
-from resmoe_kernels.python_ops.routing import Scoring
+from resmoe_kernels.python_ops.models.routing import Scoring
+from resmoe_kernels.python_ops.solvers.apportion import Routed, apportion, prune_counts, shared_ranks
 
 POSITIVE = st.floats(1e-3, 1e3)
 

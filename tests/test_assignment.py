@@ -8,9 +8,9 @@ import pytest
 import scipy.optimize
 import torch
 
-import resmoe_kernels.python_ops.assignment as module
+import resmoe_kernels.python_ops.solvers.assignment as module
 from resmoe_kernels.ops import assignment, has_cpu_kernel
-from resmoe_kernels.python_ops.assignment import assign, inner_products, solve
+from resmoe_kernels.python_ops.solvers.assignment import assign, inner_products, solve
 
 needs_extension = pytest.mark.skipif(not has_cpu_kernel("assignment"), reason="the extension is not built")
 

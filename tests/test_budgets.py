@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 import resmoe_kernels as rk
 from resmoe_kernels.factored import MATRICES, DenseExperts
-from resmoe_kernels.python_ops.budgets import BUDGETS, Curves, allot, buy_blocks, weights_of_errors
+from resmoe_kernels.python_ops.calibration.statistics import Statistics
 from resmoe_kernels.python_ops.cli import inspect_checkpoint
 from resmoe_kernels.python_ops.methods import method_named
 from resmoe_kernels.python_ops.methods.resmoe import resmoe
-from resmoe_kernels.python_ops.statistics import Statistics
+from resmoe_kernels.python_ops.solvers.budgets import BUDGETS, Curves, allot, buy_blocks, weights_of_errors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -155,7 +155,7 @@ def weighted_error(layers, made, counts=None) -> float:
 
 
 def made_orders(layer):
-    from resmoe_kernels.python_ops.align import barycenter
+    from resmoe_kernels.python_ops.solvers.align import barycenter
 
     return barycenter(layer).permutations
 

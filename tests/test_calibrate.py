@@ -12,11 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import resmoe_kernels as rk
-from resmoe_kernels.python_ops.calibrate import SAMPLE, collect, windows
-from resmoe_kernels.python_ops.checkpoint import Checkpoint, ModuleReader
-from resmoe_kernels.python_ops.dense_model import DenseModel, build_on_meta
-from resmoe_kernels.python_ops.routing import RouterChange
-from resmoe_kernels.python_ops.statistics import LayerStatistics, Statistics
+from resmoe_kernels.python_ops.calibration.calibrate import SAMPLE, collect, windows
+from resmoe_kernels.python_ops.calibration.statistics import LayerStatistics, Statistics
+from resmoe_kernels.python_ops.models.checkpoint import Checkpoint, ModuleReader
+from resmoe_kernels.python_ops.models.dense_model import DenseModel, build_on_meta
+from resmoe_kernels.python_ops.models.routing import RouterChange
 
 TOKENS = (torch.arange(60).view(3, 20) * 7) % 61 + 3
 ROUTED = [f for f in families.CONFIGS if f not in ("switch",)]
@@ -135,7 +135,7 @@ def test_carried_hidden_states_are_the_models_own(tmp_path):
 
 
 def test_a_sample_is_spread_over_all_tokens(monkeypatch):
-    monkeypatch.setattr("resmoe_kernels.python_ops.calibrate.SAMPLE", 7)
+    monkeypatch.setattr("resmoe_kernels.python_ops.calibration.calibrate.SAMPLE", 7)
     model = families.build("mixtral")
     dense = DenseModel(model)
     stats = collect(dense, TOKENS, progress=False).layers[dense.experts[0].path]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import resmoe_kernels as rk
-from resmoe_kernels.python_ops.checkpoint import (
+from resmoe_kernels.python_ops.models.checkpoint import (
     INDEX,
     SINGLE,
     Checkpoint,
@@ -27,7 +27,7 @@ from resmoe_kernels.python_ops.checkpoint import (
     write_subset,
     write_tensors,
 )
-from resmoe_kernels.python_ops.layouts import find_experts
+from resmoe_kernels.python_ops.models.layouts import find_experts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Tensors = dict[str, Tensor]

@@ -20,8 +20,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import resmoe_kernels as rk
-from resmoe_kernels.python_ops.checkpoint import INDEX, SINGLE
 from resmoe_kernels.python_ops.cli import inspect_checkpoint, main
+from resmoe_kernels.python_ops.models.checkpoint import INDEX, SINGLE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -589,7 +589,7 @@ def test_compress_what_is_compressed(run, factored, tmp_path):
 
 def test_compress_beside_an_unfinished_job(run, dense, tmp_path, monkeypatch):
     """Refused with other settings; finished by the same ones."""
-    monkeypatch.setattr("resmoe_kernels.python_ops.compress._finish", lambda *_: sys.exit(3))
+    monkeypatch.setattr("resmoe_kernels.python_ops.jobs.compress._finish", lambda *_: sys.exit(3))
     assert run("compress", dense, tmp_path / "out").code == 3
     monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == [".out.unfinished"]

@@ -18,7 +18,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 import resmoe_kernels as rk
-from resmoe_kernels.python_ops.checkpoint import INDEX, SINGLE
+from resmoe_kernels.python_ops.models.checkpoint import INDEX, SINGLE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,7 +71,7 @@ import filecmp, os, shutil, signal, sys
 from pathlib import Path
 import torch
 import resmoe_kernels as rk
-from resmoe_kernels.python_ops import compress as _  # so that no fork imports
+from resmoe_kernels.python_ops.jobs import compress as _  # so that no fork imports
 import transformers, ot, scipy.optimize
 
 good, bad, place = map(Path, sys.argv[1:4])
@@ -98,7 +98,7 @@ def run(k, model, fails=False, **settings):
                 count += 1
         sys.addaudithook(hook)
         # Beside fsync, where a file is written and not yet under its name, one more place: a file half written.
-        from resmoe_kernels.python_ops import checkpoint
+        from resmoe_kernels.python_ops.models import checkpoint
         checkpoint._COPY_CHUNK = 2000
         copy = checkpoint._copy
         def halving(source, out, length):
@@ -235,7 +235,7 @@ def test_a_kill_leaves_nothing_that_loads(mixtral, tmp_path, monkeypatch):
 
 
 def test_a_resumed_job_does_not_repeat_layers(mixtral, tmp_path, monkeypatch):
-    from resmoe_kernels.python_ops import compress as module
+    from resmoe_kernels.python_ops.jobs import compress as module
 
     calls: list[str] = []
     work = module._write_layer
@@ -272,7 +272,7 @@ def test_bytes_do_not_depend_on_workers(mixtral, by_error, tmp_path):
 
 def test_killed_while_measuring_and_after(mixtral, by_error, tmp_path, monkeypatch):
     """No layer is measured or aligned again."""
-    from resmoe_kernels.python_ops import compress as module
+    from resmoe_kernels.python_ops.jobs import compress as module
     from resmoe_kernels.python_ops.methods import resmoe
 
     done: list[str] = []
@@ -319,7 +319,7 @@ def _flipped(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [_cut_short, _emptied, _flipped])
 def test_a_damaged_measurement_is_done_again(damage, mixtral, by_error, tmp_path, monkeypatch):
-    from resmoe_kernels.python_ops import compress as module
+    from resmoe_kernels.python_ops.jobs import compress as module
 
     with monkeypatch.context() as patched:
         patched.setattr(module, "_write_layer", _interrupt)
@@ -341,7 +341,7 @@ def test_a_damaged_measurement_is_done_again(damage, mixtral, by_error, tmp_path
 
 def test_a_disk_that_loses_what_is_measured(mixtral, tmp_path, monkeypatch):
     """An OSError: the rest of the work is kept."""
-    from resmoe_kernels.python_ops import compress as module
+    from resmoe_kernels.python_ops.jobs import compress as module
 
     write = module.write_measured
     monkeypatch.setattr(module, "write_measured", lambda tensors, file: (write(tensors, file), _cut_short(file)))
@@ -358,7 +358,7 @@ def no_work(monkeypatch) -> Iterator[None]:
     def work(*_):
         raise AssertionError("a layer was compressed")
 
-    monkeypatch.setattr("resmoe_kernels.python_ops.compress._write_layer", work)
+    monkeypatch.setattr("resmoe_kernels.python_ops.jobs.compress._write_layer", work)
     yield
 
 
@@ -395,7 +395,7 @@ def test_a_second_process_is_refused(mixtral, tmp_path):
 
 def test_the_lock_is_held_while_working(mixtral, tmp_path, monkeypatch):
     """A second call from within the first, at its first layer and when the first is about to clean up."""
-    from resmoe_kernels.python_ops import compress as module
+    from resmoe_kernels.python_ops.jobs import compress as module
 
     errors = []
 
@@ -419,7 +419,7 @@ def test_the_lock_is_held_while_working(mixtral, tmp_path, monkeypatch):
 
 def test_a_faster_process_finished_meanwhile(mixtral, tmp_path, monkeypatch, request):
     """Between the look for a finished result and the lock, another process may make it."""
-    from resmoe_kernels.python_ops import compress as module
+    from resmoe_kernels.python_ops.jobs import compress as module
 
     build = module.build_on_meta
 
@@ -562,7 +562,7 @@ def test_files_have_the_mode_of_files(mixtral, tmp_path):
 def test_what_a_killed_writer_left_is_not_kept(mixtral, tmp_path, monkeypatch):
     """safetensors writes to a hidden file of its own beside the one asked for."""
     with monkeypatch.context() as patched:
-        patched.setattr("resmoe_kernels.python_ops.compress._finish", _interrupt)
+        patched.setattr("resmoe_kernels.python_ops.jobs.compress._finish", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             rk.compress(mixtral, tmp_path / "out", progress=False)
     (tmp_path / ".out.unfinished" / "checkpoint" / ".tmpAbC123").write_bytes(b"half a shard")
@@ -575,7 +575,7 @@ def test_bad_weights_beside_the_experts_are_found_before_the_work(model, tmp_pat
     tensors = load_file(shard)
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, shard, metadata={"format": "pt"})
-    monkeypatch.setattr("resmoe_kernels.python_ops.compress._write_layer", _interrupt)
+    monkeypatch.setattr("resmoe_kernels.python_ops.jobs.compress._write_layer", _interrupt)
     with pytest.raises(ValueError, match=r"model\.norm\.weight: all weights must be finite"):
         rk.compress(model, tmp_path / "out", progress=False)
 
@@ -620,7 +620,7 @@ def test_someone_elses_folder_of_the_name_of_the_unfinished_one(mixtral, tmp_pat
 
 def test_an_unfinished_job_with_other_settings(mixtral, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "resmoe_kernels.python_ops.compress._finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        "resmoe_kernels.python_ops.jobs.compress._finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         rk.compress(mixtral, tmp_path / "out", progress=False)

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import resmoe_kernels as rk
-from resmoe_kernels.python_ops import calibration_data as module
+from resmoe_kernels.python_ops.calibration import calibration_data as module
+from resmoe_kernels.python_ops.calibration.statistics import Statistics
 from resmoe_kernels.python_ops.cli import inspect_checkpoint
-from resmoe_kernels.python_ops.routing import RouterChange
-from resmoe_kernels.python_ops.statistics import Statistics
+from resmoe_kernels.python_ops.models.routing import RouterChange
 
 TOKENS = 2048
 MERGE = {"method": "mc-smoe", "stage": "merge", "groups": 4}

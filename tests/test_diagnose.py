@@ -19,14 +19,14 @@ from test_cli import Result, refused, run  # noqa: F401
 
 import resmoe_kernels as rk
 from resmoe_kernels.factored import DenseExperts
-from resmoe_kernels.python_ops import factorize
-from resmoe_kernels.python_ops.align import barycenter, mean_cosine
-from resmoe_kernels.python_ops.byte_budgets import FormError, round_to_nearest
-from resmoe_kernels.python_ops.diagnose import LayerDiagnosis, diagnose, diagnose_layer, model_errors, verdict
-from resmoe_kernels.python_ops.diagnose_plot import plot
 from resmoe_kernels.python_ops.methods.resmoe import resmoe
-from resmoe_kernels.python_ops.spectra import energy_kept, random_energy_kept, spectrum
-from resmoe_kernels.python_ops.svd import truncated_svd
+from resmoe_kernels.python_ops.solvers import factorize
+from resmoe_kernels.python_ops.solvers.align import barycenter, mean_cosine
+from resmoe_kernels.python_ops.solvers.byte_budgets import FormError, round_to_nearest
+from resmoe_kernels.python_ops.solvers.spectra import energy_kept, random_energy_kept, spectrum
+from resmoe_kernels.python_ops.solvers.svd import truncated_svd
+from resmoe_kernels.python_ops.tools.diagnose import LayerDiagnosis, diagnose, diagnose_layer, model_errors, verdict
+from resmoe_kernels.python_ops.tools.diagnose_plot import plot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

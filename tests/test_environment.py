@@ -11,8 +11,8 @@ import torch
 
 import resmoe_kernels
 from resmoe_kernels import ops
-from resmoe_kernels.python_ops import environment
-from resmoe_kernels.python_ops.environment import aligned
+from resmoe_kernels.python_ops.tools import environment
+from resmoe_kernels.python_ops.tools.environment import aligned
 
 
 def rows() -> dict[str, str]:

@@ -22,8 +22,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from resmoe_kernels.python_ops import evaluate as module
-from resmoe_kernels.python_ops.evaluate import evaluate
+from resmoe_kernels.python_ops.tools import evaluate as module
+from resmoe_kernels.python_ops.tools.evaluate import evaluate
 
 REPO = Path(__file__).parents[1]
 DATA = REPO.parent / "shared" / "data"

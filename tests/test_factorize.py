@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import resmoe_kernels.python_ops.factorize as factorize
+import resmoe_kernels.python_ops.solvers.factorize as factorize
 from resmoe_kernels.factored import FACTORIZATIONS, MATRICES, FactoredExperts
-from resmoe_kernels.python_ops.factorize import low_rank, low_rank_at, low_rank_curves
+from resmoe_kernels.python_ops.solvers.factorize import low_rank, low_rank_at, low_rank_curves
 
 
 def make_residuals(count=3, hidden=48, inter=64, gated=True, seed=0):

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 
 import resmoe_kernels as rk
-from resmoe_kernels.python_ops.layer import FactoredExpertsLayer
-from resmoe_kernels.python_ops.layouts import expert_nbytes, find_experts
+from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer
+from resmoe_kernels.python_ops.models.layouts import expert_nbytes, find_experts
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 FAMILIES = sorted(families.CONFIGS)

@@ -9,11 +9,11 @@ from families import build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import resmoe_kernels as rk
-from resmoe_kernels.python_ops.calibrate import collect
-from resmoe_kernels.python_ops.dense_model import DenseModel
-from resmoe_kernels.python_ops.finetune import _Movement, distil, share_kept
-from resmoe_kernels.python_ops.layer import FactoredExpertsLayer
-from resmoe_kernels.python_ops.layouts import expert_nbytes
+from resmoe_kernels.python_ops.calibration.calibrate import collect
+from resmoe_kernels.python_ops.models.dense_model import DenseModel
+from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer
+from resmoe_kernels.python_ops.models.layouts import expert_nbytes
+from resmoe_kernels.python_ops.training.finetune import _Movement, distil, share_kept
 from resmoe_kernels.sparse import popcount, unpack_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resmoe_kernels.python_ops.genetic import SEARCHES, Sets, search
+from resmoe_kernels.python_ops.solvers.genetic import SEARCHES, Sets, search
 
 ROOT = Path(__file__).parents[1]
 

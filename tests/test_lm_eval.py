@@ -23,10 +23,10 @@ from lm_eval.api.registry import get_model
 from lm_eval.api.task import ConfigurableTask
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from resmoe_kernels.python_ops.compress import compress
-from resmoe_kernels.python_ops.evaluate import evaluate
-from resmoe_kernels.python_ops.layer import FactoredExpertsLayer
-from resmoe_kernels.python_ops.lm_eval_model import ResMoELM
+from resmoe_kernels.python_ops.jobs.compress import compress
+from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer
+from resmoe_kernels.python_ops.tools.evaluate import evaluate
+from resmoe_kernels.python_ops.tools.lm_eval_model import ResMoELM
 
 FOLDER = Path(__file__).parents[1] / "examples" / "tiny-mixtral"  # absolute: not taken for a name on the hub
 ROWS = [
@@ -106,7 +106,7 @@ def test_command_line(tmp_path, expected):
     # YAML reads JSON.
     dataset = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(rows)}}}
     (tmp_path / "last_word.yaml").write_text(json.dumps(TASK | dataset))
-    command = [sys.executable, "-m", "resmoe_kernels.python_ops.lm_eval_model", "run", "--model", "resmoe"]
+    command = [sys.executable, "-m", "resmoe_kernels.python_ops.tools.lm_eval_model", "run", "--model", "resmoe"]
     command += ["--model_args", f"pretrained={FOLDER},dtype=float32", "--tasks", "last_word"]
     command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "results.json")]
     environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
@@ -136,7 +136,7 @@ def test_device_is_the_one_there_is_unless_given(monkeypatch):
 
 def test_only_the_adapter_imports_lm_eval():
     code = (
-        "import sys, resmoe_kernels, resmoe_kernels.python_ops.evaluate; "
+        "import sys, resmoe_kernels, resmoe_kernels.python_ops.tools.evaluate; "
         "assert 'transformers' in sys.modules and 'lm_eval' not in sys.modules, 'lm_eval was imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 import resmoe_kernels as rk
-from resmoe_kernels.python_ops.layer import FactoredExpertsLayer
+from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer
 
 REMOTE = Path(__file__).parent / "remote_code"
 
@@ -157,7 +157,7 @@ def test_damaged_indices_are_refused_before_a_kernel_reads_them(copy):
 
 
 def test_a_dense_model_is_not_compressed_by_loading_it(factored):
-    from resmoe_kernels.python_ops.hf_quantizer import ResMoEConfig
+    from resmoe_kernels.python_ops.models.hf_quantizer import ResMoEConfig
 
     with pytest.raises(ValueError, match="does require the model to be pre-quantized"):
         AutoModelForCausalLM.from_pretrained(factored.parent / "dense", quantization_config=ResMoEConfig())

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from resmoe_kernels.python_ops.calibrate import collect, windows
-from resmoe_kernels.python_ops.dense_model import DenseModel
-from resmoe_kernels.python_ops.layer import FactoredExpertsLayer
-from resmoe_kernels.python_ops.lora import fine_tune
-from resmoe_kernels.python_ops.swap import swap_experts
+from resmoe_kernels.python_ops.calibration.calibrate import collect, windows
+from resmoe_kernels.python_ops.jobs.swap import swap_experts
+from resmoe_kernels.python_ops.models.dense_model import DenseModel
+from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer
+from resmoe_kernels.python_ops.training.lora import fine_tune
 
 pytest.importorskip("peft")
 ROOT = Path(__file__).parents[1]
@@ -117,7 +117,7 @@ def test_the_same_seed_gives_the_same_weights_and_the_global_generator_is_left_a
 
 
 def test_steps_go_around_all_windows():
-    from resmoe_kernels.python_ops.lora import _windows
+    from resmoe_kernels.python_ops.training.lora import _windows
 
     drawn = _windows(5, 3, 0)
     numbers = torch.cat([next(drawn) for _ in range(5)]).tolist()

@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 
 import resmoe_kernels as rk
 from resmoe_kernels.factored import MATRICES, DenseExperts
-from resmoe_kernels.python_ops.calibrate import collect
-from resmoe_kernels.python_ops.dense_model import DenseModel
-from resmoe_kernels.python_ops.layer import FactoredExpertsLayer
-from resmoe_kernels.python_ops.merge import dominant_experts, grouping, similarities
+from resmoe_kernels.python_ops.calibration.calibrate import collect
+from resmoe_kernels.python_ops.calibration.statistics import LayerStatistics
 from resmoe_kernels.python_ops.methods import method_named
 from resmoe_kernels.python_ops.methods.mc_smoe import check_settings, mc_smoe, plan
-from resmoe_kernels.python_ops.prune import bitmap, block, column_scale, keep_entries, keep_rows
-from resmoe_kernels.python_ops.statistics import LayerStatistics
+from resmoe_kernels.python_ops.models.dense_model import DenseModel
+from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer
+from resmoe_kernels.python_ops.solvers.merge import dominant_experts, grouping, similarities
+from resmoe_kernels.python_ops.solvers.prune import bitmap, block, column_scale, keep_entries, keep_rows
 from resmoe_kernels.sparse import expand_sparse_reference, unpack_mask
 
 FORMS = list(itertools.product([True, False], [True, False]))  # gated, bias

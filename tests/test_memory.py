@@ -9,7 +9,7 @@ import torch
 
 import resmoe_kernels as rk
 from resmoe_kernels.factored import DenseExperts
-from resmoe_kernels.python_ops import memory, workers
+from resmoe_kernels.python_ops.jobs import memory, workers
 from resmoe_kernels.python_ops.methods.resmoe import peak_bytes
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-mixtral"

@@ -15,19 +15,19 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from resmoe_kernels.factored import MATRICES, DenseExperts
-from resmoe_kernels.python_ops import expert_outputs as expert_outputs_module
-from resmoe_kernels.python_ops.calibrate import collect
-from resmoe_kernels.python_ops.compress import compress
-from resmoe_kernels.python_ops.dense_model import DenseModel
-from resmoe_kernels.python_ops.expert_outputs import expert_outputs
-from resmoe_kernels.python_ops.factorize import low_rank_at
-from resmoe_kernels.python_ops.layer import FactoredExpertsLayer
+from resmoe_kernels.python_ops.calibration.calibrate import collect
+from resmoe_kernels.python_ops.jobs.compress import compress
+from resmoe_kernels.python_ops.jobs.swap import swap_experts
 from resmoe_kernels.python_ops.methods import method_named
 from resmoe_kernels.python_ops.methods import moe_i2 as method_module
 from resmoe_kernels.python_ops.methods.moe_i2 import moe_i2
-from resmoe_kernels.python_ops.reception_field import best_together, runs
-from resmoe_kernels.python_ops.routing import RouterChange, Scoring
-from resmoe_kernels.python_ops.swap import swap_experts
+from resmoe_kernels.python_ops.models.dense_model import DenseModel
+from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer
+from resmoe_kernels.python_ops.models.routing import RouterChange, Scoring
+from resmoe_kernels.python_ops.solvers import expert_outputs as expert_outputs_module
+from resmoe_kernels.python_ops.solvers.expert_outputs import expert_outputs
+from resmoe_kernels.python_ops.solvers.factorize import low_rank_at
+from resmoe_kernels.python_ops.solvers.reception_field import best_together, runs
 
 ROOT = Path(__file__).parents[1]
 TINY_MIXTRAL = ROOT / "examples/tiny-mixtral"
@@ -517,7 +517,7 @@ def test_a_checkpoint_compressed_from_disk_runs_as_the_model_compressed_in_memor
 
 
 def _windows_of(checkpoint):
-    from resmoe_kernels.python_ops.statistics import Statistics
+    from resmoe_kernels.python_ops.calibration.statistics import Statistics
 
     (file,) = checkpoint.parent.glob("*.statistics.safetensors")
     return Statistics.load(file).token_ids

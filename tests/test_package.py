@@ -190,7 +190,7 @@ def test_wheel_runs_elsewhere(unpacked_wheel):
         "y = rk.experts(*call, rk.PackedExperts.pack(layer))\n"
         "with rk.backend('reference'):\n    expected = rk.experts(*call, layer)\n"
         "torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)\n"
-        "from resmoe_kernels.python_ops.environment import environment\n"
+        "from resmoe_kernels.python_ops.tools.environment import environment\n"
         "print(rk.__file__, 'cpu' in rk.backends(), dict(environment())['built'])\n"
     )
     done = run_uninstalled(unpacked_wheel, code)

@@ -26,8 +26,8 @@ from resmoe_kernels import ops
 from resmoe_kernels.activations import register_gate
 from resmoe_kernels.factored import SIZE_NAMES, TENSOR_NAMES, FactoredExperts
 from resmoe_kernels.packed import PackedExperts, declines
-from resmoe_kernels.python_ops.layer import FactoredExpertsLayer
-from resmoe_kernels.python_ops.layouts import expert_nbytes
+from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer
+from resmoe_kernels.python_ops.models.layouts import expert_nbytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -653,7 +653,7 @@ def test_resident_memory_of_a_layer():
     code = """
         import gc, os, torch
         from resmoe_kernels.factored import FactoredExperts
-        from resmoe_kernels.python_ops.layer import FactoredExpertsLayer
+        from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer
 
         def resident():
             gc.collect()

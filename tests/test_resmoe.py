@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from resmoe_kernels.factored import BLOCK_KEPT, FACTORIZATIONS, MATRICES, DenseExperts
-from resmoe_kernels.python_ops.align import barycenter, design_matrix
 from resmoe_kernels.python_ops.methods.resmoe import resmoe
-from resmoe_kernels.python_ops.prune import bitmap, block, block_kept, keep_largest, offsets
+from resmoe_kernels.python_ops.solvers.align import barycenter, design_matrix
+from resmoe_kernels.python_ops.solvers.prune import bitmap, block, block_kept, keep_largest, offsets
 from resmoe_kernels.sparse import expand_sparse_reference, popcount
 
 TINY_MIXTRAL = Path(__file__).parents[1] / "examples/tiny-mixtral/model.safetensors"

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from resmoe_kernels.factored import FactoredExperts
-from resmoe_kernels.python_ops.hf_quantizer import ResMoEConfig, ResMoEQuantizer, layer_spec, mark_as_factored
-from resmoe_kernels.python_ops.layouts import find_experts
-from resmoe_kernels.python_ops.routers import change_choice, find_router, read_scoring
-from resmoe_kernels.python_ops.routing import RouterChange, Scoring, Threshold, select
+from resmoe_kernels.python_ops.models.hf_quantizer import ResMoEConfig, ResMoEQuantizer, layer_spec, mark_as_factored
+from resmoe_kernels.python_ops.models.layouts import find_experts
+from resmoe_kernels.python_ops.models.routers import change_choice, find_router, read_scoring
+from resmoe_kernels.python_ops.models.routing import RouterChange, Scoring, Threshold, select
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.usefixtures("one_thread")]
 TOKENS = (torch.arange(60).view(3, 20) * 7) % 61 + 3

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resmoe_kernels.python_ops.routing import (
+from resmoe_kernels.python_ops.models.routing import (
     COMBINE,
     RouterChange,
     Scoring,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from resmoe_kernels.python_ops import subspace, svd
-from resmoe_kernels.python_ops.svd import exact_svd, filtered_svd, truncated_svd
+from resmoe_kernels.python_ops.solvers import subspace, svd
+from resmoe_kernels.python_ops.solvers.svd import exact_svd, filtered_svd, truncated_svd
 
 
 @pytest.mark.parametrize("shape", [(96, 64), (64, 96), (64, 64)])

@@ -15,8 +15,8 @@ from torch.nn import Parameter
 
 import resmoe_kernels as rk
 from resmoe_kernels.activations import POINTWISE, activate
-from resmoe_kernels.python_ops.layer import FactoredExpertsLayer
-from resmoe_kernels.python_ops.layouts import SelfRoutedExperts, StackedExperts, expert_nbytes, select_layers
+from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer
+from resmoe_kernels.python_ops.models.layouts import SelfRoutedExperts, StackedExperts, expert_nbytes, select_layers
 
 # ---- the older style: a block that routes by itself over a ModuleList of MLPs
 

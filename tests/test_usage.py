@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import resmoe_kernels as rk
 from resmoe_kernels.factored import FactoredExperts
-from resmoe_kernels.python_ops.layer import FactoredExpertsLayer, OneHotExpertsLayer
-from resmoe_kernels.python_ops.routing import RouterChange, Scoring
-from resmoe_kernels.python_ops.usage import Usage, count_usage
+from resmoe_kernels.python_ops.calibration.usage import Usage, count_usage
+from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer, OneHotExpertsLayer
+from resmoe_kernels.python_ops.models.routing import RouterChange, Scoring
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.usefixtures("one_thread")]
 

@@ -18,9 +18,9 @@ import pytest
 import torch
 
 import resmoe_kernels as rk
-from resmoe_kernels.python_ops import workers
-from resmoe_kernels.python_ops.svd import truncated_svd
-from resmoe_kernels.python_ops.workers import in_processes, on_ray
+from resmoe_kernels.python_ops.jobs import workers
+from resmoe_kernels.python_ops.jobs.workers import in_processes, on_ray
+from resmoe_kernels.python_ops.solvers.svd import truncated_svd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,7 +53,7 @@ def serial(model, tmp_path_factory) -> dict[str, str]:
 
 def killed_once(layer: Any) -> None:
     """The second layer's worker dies, once, as soon as the first layer's file is there."""
-    from resmoe_kernels.python_ops.compress import _compress_layer
+    from resmoe_kernels.python_ops.jobs.compress import _compress_layer
 
     killed = layer.file.parent.parent.parent / "killed"
     if layer.number == 1 and not killed.exists():
@@ -84,7 +84,7 @@ def note_and_sleep(path: Path) -> None:
 
 
 def test_a_killed_worker_and_the_same_call_again(model, serial, tmp_path, monkeypatch):
-    monkeypatch.setattr("resmoe_kernels.python_ops.compress._compress_layer", killed_once)
+    monkeypatch.setattr("resmoe_kernels.python_ops.jobs.compress._compress_layer", killed_once)
     with pytest.raises(ChildProcessError, match=r"^workers: one was killed, .* run the same command again, with fewer"):
         rk.compress(model, tmp_path / "out", workers=2, progress=False)
     assert not (tmp_path / "out").exists()
@@ -102,7 +102,7 @@ def test_a_killed_worker_and_the_same_call_again(model, serial, tmp_path, monkey
 )
 def test_a_layer_as_it_reaches_a_worker(settings, repo, tmp_path, monkeypatch):
     """Its plan and statistics included, for methods that have them."""
-    from resmoe_kernels.python_ops import compress as module
+    from resmoe_kernels.python_ops.jobs import compress as module
 
     settings |= {"calibration": repo / "examples" / "wikitext2-excerpt.txt", "calibration_tokens": 512}
     dense = repo / "examples" / "tiny-mixtral"
@@ -114,7 +114,7 @@ def test_a_layer_as_it_reaches_a_worker(settings, repo, tmp_path, monkeypatch):
 
 def test_a_worker_that_sees_another_model(model, tmp_path, monkeypatch):
     """An OSError: what the other workers have done is kept."""
-    from resmoe_kernels.python_ops import compress as module
+    from resmoe_kernels.python_ops.jobs import compress as module
 
     with pytest.raises(OSError, match=r"dense: is not the model that the job began with; every worker must see the"):
         module._opened(model, "another", False)
@@ -233,7 +233,9 @@ def test_the_command_hands_both_on(monkeypatch, tmp_path):
     from resmoe_kernels.python_ops import cli
 
     given: dict[str, Any] = {}
-    monkeypatch.setattr("resmoe_kernels.python_ops.compress.compress", lambda *_, **settings: given.update(settings))
+    monkeypatch.setattr(
+        "resmoe_kernels.python_ops.jobs.compress.compress", lambda *_, **settings: given.update(settings)
+    )
     monkeypatch.setattr(cli, "inspect_checkpoint", lambda _: [])
     monkeypatch.setattr(cli, "_print_inspection", lambda _: None)
     result = CliRunner().invoke(cli.app, ["compress", "model", "out", "--workers", "3", "--engine", "ray"])
@@ -262,7 +264,7 @@ def cluster() -> Iterator[None]:
 
 
 def test_ray_does_the_layers_of_a_lost_worker_again(cluster, model, serial, tmp_path, monkeypatch):
-    monkeypatch.setattr("resmoe_kernels.python_ops.compress._compress_layer", killed_once)
+    monkeypatch.setattr("resmoe_kernels.python_ops.jobs.compress._compress_layer", killed_once)
     rk.compress(model, tmp_path / "out", workers=2, engine="ray", progress=False)
     assert (tmp_path / "killed").is_file()
     assert tree(tmp_path / "out") == serial

@@ -23,14 +23,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import resmoe_kernels as rk
 from resmoe_kernels.activations import activate
 from resmoe_kernels.factored import DenseExperts
-from resmoe_kernels.python_ops.calibrate import collect
-from resmoe_kernels.python_ops.dense_model import DenseModel
-from resmoe_kernels.python_ops.layer import DenseFFNLayer, FactoredExpertsLayer
-from resmoe_kernels.python_ops.layouts import DenseFFN, expert_nbytes, find_experts
+from resmoe_kernels.python_ops.calibration.calibrate import collect
+from resmoe_kernels.python_ops.calibration.statistics import LayerStatistics
+from resmoe_kernels.python_ops.calibration.usage import count_usage
 from resmoe_kernels.python_ops.methods import setting_defaults
 from resmoe_kernels.python_ops.methods.xmoe import find, mass_for, needs_statistics, xmoe
-from resmoe_kernels.python_ops.routing import Scoring, mass_before, select
-from resmoe_kernels.python_ops.split import (
+from resmoe_kernels.python_ops.models.dense_model import DenseModel
+from resmoe_kernels.python_ops.models.layer import DenseFFNLayer, FactoredExpertsLayer
+from resmoe_kernels.python_ops.models.layouts import DenseFFN, expert_nbytes, find_experts
+from resmoe_kernels.python_ops.models.routing import Scoring, mass_before, select
+from resmoe_kernels.python_ops.solvers.split import (
     _ridge,
     co_active,
     equal_clusters,
@@ -38,8 +40,6 @@ from resmoe_kernels.python_ops.split import (
     rows_from_weights,
     split_experts,
 )
-from resmoe_kernels.python_ops.statistics import LayerStatistics
-from resmoe_kernels.python_ops.usage import count_usage
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.usefixtures("one_thread")]
 TOKENS = (torch.arange(400).view(20, 20) * 7) % 61 + 3

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from resmoe_kernels.factored import MATRICES, DenseExperts, FactoredExperts
-from resmoe_kernels.python_ops.layouts import ExpertsModule, find_experts
-from resmoe_kernels.python_ops.routing import RouterChange
+from resmoe_kernels.python_ops.models.layouts import ExpertsModule, find_experts
+from resmoe_kernels.python_ops.models.routing import RouterChange
 
 if TYPE_CHECKING:
-    from resmoe_kernels.python_ops.dense_model import DenseModel
-    from resmoe_kernels.python_ops.statistics import LayerStatistics, Statistics
+    from resmoe_kernels.python_ops.calibration.statistics import LayerStatistics, Statistics
+    from resmoe_kernels.python_ops.models.dense_model import DenseModel
 
 _log = logging.getLogger("resmoe_kernels")
 

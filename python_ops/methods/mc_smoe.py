@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from resmoe_kernels.factored import BLOCK_KEPT, MATRICES, DenseExperts, FactoredExperts
-from resmoe_kernels.python_ops.align import Progress, split_design, squared_norm
-from resmoe_kernels.python_ops.factorize import Residual, low_rank
-from resmoe_kernels.python_ops.merge import (
+from resmoe_kernels.python_ops.calibration.statistics import LayerStatistics, Statistics
+from resmoe_kernels.python_ops.methods import Compressed, check_known, relative, warn_if_not_smaller, weight_errors
+from resmoe_kernels.python_ops.models.routing import RouterChange, fold, map_slots
+from resmoe_kernels.python_ops.solvers.align import Progress, split_design, squared_norm
+from resmoe_kernels.python_ops.solvers.factorize import Residual, low_rank
+from resmoe_kernels.python_ops.solvers.merge import (
     SIMILARITIES,
     Grouping,
     aligned_design,
@@ -22,14 +25,11 @@ from resmoe_kernels.python_ops.merge import (
     merged_bias_down,
     merged_design,
 )
-from resmoe_kernels.python_ops.methods import Compressed, check_known, relative, warn_if_not_smaller, weight_errors
-from resmoe_kernels.python_ops.prune import Scale, bitmap, block, block_kept, column_scale
-from resmoe_kernels.python_ops.routing import RouterChange, fold, map_slots
-from resmoe_kernels.python_ops.statistics import LayerStatistics, Statistics
+from resmoe_kernels.python_ops.solvers.prune import Scale, bitmap, block, block_kept, column_scale
 from resmoe_kernels.sparse import BLOCK
 
 if TYPE_CHECKING:
-    from resmoe_kernels.python_ops.dense_model import DenseModel
+    from resmoe_kernels.python_ops.models.dense_model import DenseModel
 
 STAGES = ("merge", "compress", "hybrid")
 BUDGETS = ("global", "uniform")

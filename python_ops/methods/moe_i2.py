@@ -16,17 +16,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from resmoe_kernels.factored import MATRICES, DenseExperts, FactoredExperts
-from resmoe_kernels.python_ops.align import Progress, squared_norm
-from resmoe_kernels.python_ops.apportion import Routed, prune_counts, shared_ranks
-from resmoe_kernels.python_ops.dense_model import DenseModel
-from resmoe_kernels.python_ops.expert_outputs import ExpertOutputs, expert_outputs
-from resmoe_kernels.python_ops.factorize import low_rank_at
-from resmoe_kernels.python_ops.genetic import SEARCHES, Found, Sets, search
+from resmoe_kernels.python_ops.calibration.statistics import Statistics
 from resmoe_kernels.python_ops.methods import Compressed, check_known, warn_if_not_smaller, weight_errors
-from resmoe_kernels.python_ops.reception_field import best_together, runs
-from resmoe_kernels.python_ops.routers import correction_bias
-from resmoe_kernels.python_ops.routing import MASKED, RouterChange, Scoring
-from resmoe_kernels.python_ops.statistics import Statistics
+from resmoe_kernels.python_ops.models.dense_model import DenseModel
+from resmoe_kernels.python_ops.models.routers import correction_bias
+from resmoe_kernels.python_ops.models.routing import MASKED, RouterChange, Scoring
+from resmoe_kernels.python_ops.solvers.align import Progress, squared_norm
+from resmoe_kernels.python_ops.solvers.apportion import Routed, prune_counts, shared_ranks
+from resmoe_kernels.python_ops.solvers.expert_outputs import ExpertOutputs, expert_outputs
+from resmoe_kernels.python_ops.solvers.factorize import low_rank_at
+from resmoe_kernels.python_ops.solvers.genetic import SEARCHES, Found, Sets, search
+from resmoe_kernels.python_ops.solvers.reception_field import best_together, runs
 
 ALLOCATIONS = ("importance", "uniform")
 _MEMORY_LIMIT = 4 << 30  # of all layers' inner products; above it they are files in the temporary folder

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from resmoe_kernels.factored import BLOCK_KEPT, FACTORIZATIONS, MATRICES, DenseExperts, FactoredExperts
-from resmoe_kernels.python_ops.align import (
+from resmoe_kernels.python_ops.methods import Compressed, check_known, warn_if_not_smaller, weight_errors
+from resmoe_kernels.python_ops.solvers.align import (
     INITS,
     SOLVERS,
     Progress,
@@ -21,15 +22,14 @@ from resmoe_kernels.python_ops.align import (
     split_design,
     squared_norm,
 )
-from resmoe_kernels.python_ops.budgets import BUDGETS, Curves, allot, weights_of_errors
-from resmoe_kernels.python_ops.factorize import RANK_BLOCK, low_rank, low_rank_at, low_rank_curves
-from resmoe_kernels.python_ops.methods import Compressed, check_known, warn_if_not_smaller, weight_errors
-from resmoe_kernels.python_ops.prune import bitmap, bitmap_at, bitmap_curves, block, block_curves, block_kept
+from resmoe_kernels.python_ops.solvers.budgets import BUDGETS, Curves, allot, weights_of_errors
+from resmoe_kernels.python_ops.solvers.factorize import RANK_BLOCK, low_rank, low_rank_at, low_rank_curves
+from resmoe_kernels.python_ops.solvers.prune import bitmap, bitmap_at, bitmap_curves, block, block_curves, block_kept
 from resmoe_kernels.sparse import BLOCK
 
 if TYPE_CHECKING:
-    from resmoe_kernels.python_ops.dense_model import DenseModel
-    from resmoe_kernels.python_ops.statistics import Statistics
+    from resmoe_kernels.python_ops.calibration.statistics import Statistics
+    from resmoe_kernels.python_ops.models.dense_model import DenseModel
 
 RESIDUALS = ("lowrank", "sparse")
 SPARSE_LAYOUTS = ("block", "bitmap")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from resmoe_kernels.factored import DenseExperts, FactoredExperts
-from resmoe_kernels.python_ops.align import Progress
-from resmoe_kernels.python_ops.layouts import DenseFFN, ExpertsModule, find_experts
+from resmoe_kernels.python_ops.calibration.statistics import LayerStatistics, Statistics
 from resmoe_kernels.python_ops.methods import Compressed, check_known
-from resmoe_kernels.python_ops.routing import (
+from resmoe_kernels.python_ops.models.layouts import DenseFFN, ExpertsModule, find_experts
+from resmoe_kernels.python_ops.models.routing import (
     RouterChange,
     Scoring,
     Threshold,
@@ -23,17 +23,17 @@ from resmoe_kernels.python_ops.routing import (
     part_shares,
     select,
 )
-from resmoe_kernels.python_ops.split import (
+from resmoe_kernels.python_ops.solvers.align import Progress
+from resmoe_kernels.python_ops.solvers.split import (
     co_active,
     contiguous,
     rows_from_tokens,
     rows_from_weights,
     split_experts,
 )
-from resmoe_kernels.python_ops.statistics import LayerStatistics, Statistics
 
 if TYPE_CHECKING:
-    from resmoe_kernels.python_ops.dense_model import DenseModel
+    from resmoe_kernels.python_ops.models.dense_model import DenseModel
 
 SOURCES = ("activations", "weights")
 SPLITS = ("activations", "contiguous")

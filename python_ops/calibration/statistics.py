@@ -1,0 +1,98 @@
+"""What a method may know of how a layer is used: sums over calibration tokens, and a sample of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOMENTS = ("diagonal", "full")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStatistics:
+    """Of one layer of E experts, over n tokens x; f_e(x) is an expert's output, h_e(x) its hidden activations,
+    p_e the softmax of the router's logits over all experts, w_e the weight of a token's pair with an expert.
+
+    count: (E,) int64, tokens routed to each;  weight: (E,) float64, sum of w_e over them
+    probability: (E,) float64, sum of p_e over all tokens
+    logit_gram: (E, E) float64, sum of logits_i logits_j over all tokens
+    moment_gate_up: (H,) float32, sum of x^2 over all tokens, or (H, H), sum of x x^T
+    moment_down: (E, I) float32, sum of h_e^2 over the tokens of each expert, or (E, I, I), sum of h_e h_e^T
+    output: (E, H) float32, sum of f_e(x) over the tokens of each expert
+    weighted_norm: (E,) float64, sum of w_e ||f_e(x)|| over the tokens of each expert
+    sample_x: (S, H) in the model's dtype, some of the tokens, evenly spread
+    sample_logits: (S, E) float32, the router's logits of those
+    sample_index, sample_weight: (S, top_k) int64 and float32, their routing as the model had it
+    tokens: n
+    """
+
+    count: Tensor
+    weight: Tensor
+    probability: Tensor
+    logit_gram: Tensor
+    moment_gate_up: Tensor
+    moment_down: Tensor
+    output: Tensor
+    weighted_norm: Tensor
+    sample_x: Tensor
+    sample_logits: Tensor
+    sample_index: Tensor
+    sample_weight: Tensor
+    tokens: int
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.count)
+
+
+_TENSORS = tuple(f.name for f in fields(LayerStatistics) if f.name != "tokens")
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Those of every layer, by the path of its experts module, and what they were collected from.
+
+    origin: plain values: the model's fingerprint, a hash of the tokens, their number, the kind of moments
+    token_ids: (windows, L) int64, the tokens themselves
+    """
+
+    layers: dict[str, LayerStatistics]
+    origin: dict[str, Any]
+    token_ids: Tensor
+
+    def save(self, path: Path | str) -> None:
+        """Writes one safetensors file; it appears under its name only once it is whole."""
+        from resmoe_kernels.python_ops.models.checkpoint import write_tensors
+
+        tensors = {f"{path}.{n}": getattr(layer, n) for path, layer in self.layers.items() for n in _TENSORS}
+        tokens = {path: layer.tokens for path, layer in self.layers.items()}
+        tensors[_TOKENS] = self.token_ids
+        described = {"origin": self.origin, "tokens": tokens}
+        tensors[_DESCRIPTION] = torch.tensor(list(json.dumps(described, sort_keys=True).encode()), dtype=torch.uint8)
+        write_tensors(tensors, Path(path))
+
+    @classmethod
+    def load(cls, path: Path | str) -> Statistics:
+        """The inverse of ``save``. Raises ValueError naming the file if it is not such a file."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors = load_file(path)
+            described = json.loads(bytes(tensors[_DESCRIPTION].tolist()))
+            layers = {
+                layer: LayerStatistics(**{n: tensors[f"{layer}.{n}"] for n in _TENSORS}, tokens=tokens)
+                for layer, tokens in described["tokens"].items()
+            }
+            return cls(layers, described["origin"], tensors[_TOKENS])
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise ValueError(f"{path}: not a file of calibration statistics ({error}); calibrate again") from None
+
+
+_TOKENS = "token_ids"
+_DESCRIPTION = "description"  # a tensor, because safetensors writes several metadata keys in any order

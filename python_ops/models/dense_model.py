@@ -1,0 +1,217 @@
+"""A dense model whose layers are visited one at a time: in memory, or left on disk and brought in as needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from resmoe_kernels.factored import DenseExperts
+from resmoe_kernels.python_ops.models.checkpoint import Checkpoint, ModuleReader
+from resmoe_kernels.python_ops.models.layouts import ExpertsModule, find_experts
+from resmoe_kernels.python_ops.models.routers import change_choice
+from resmoe_kernels.python_ops.models.routing import RouterChange, Scoring
+
+_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Hidden:
+    """Tokens on their way through the decoder: what enters some layer, in batches of whole windows.
+
+    token_ids: each (windows, L) int64;  states: each (windows, L, H) in the model's dtype
+    """
+
+    token_ids: list[Tensor]
+    states: list[Tensor]
+
+
+class DenseModel:
+    """A transformers decoder with experts.
+
+    module: the model, in memory, or on meta with a ``reader`` of its checkpoint. From disk, one decoder layer, the
+        embeddings and the carried hidden states are in memory at a time.
+    """
+
+    def __init__(
+        self, module: nn.Module, reader: ModuleReader | None = None, experts: Sequence[ExpertsModule] | None = None
+    ) -> None:
+        self.module, self.reader = module, reader
+        self.experts = list(find_experts(module) if experts is None else experts)
+
+    # ---- experts
+
+    def read(self, i: int) -> DenseExperts:
+        """The weights of ``experts[i]``."""
+        experts = self.experts[i]
+        if self.reader is None:
+            return experts.read({name: p.detach() for name, p in experts.module.named_parameters()})
+        return experts.read(self.reader.read(experts.path, experts.parameter_names))
+
+    def scoring(self, i: int) -> Scoring:
+        """How the router of ``experts[i]`` scores. Raises ValueError if that is not known."""
+        return self.experts[i].scoring(self.module)
+
+    # ---- decoder layers
+
+    @cached_property
+    def _layers_path(self) -> str:
+        paths = {_list_above(self.module, experts.path) for experts in self.experts}
+        if len(paths) != 1 or None in paths or self.module.config.is_encoder_decoder:  # type: ignore[union-attr]
+            raise ValueError(
+                f"{type(self.module).__name__}: calibration runs decoder-only models whose layers are one list, one "
+                "after the other; use a method that needs no data"
+            )
+        return paths.pop()  # type: ignore[return-value]
+
+    @property
+    def decoder_layers(self) -> nn.ModuleList:
+        return self.module.get_submodule(self._layers_path)  # type: ignore[return-value]
+
+    def decoder_layer_of(self, i: int) -> int:
+        """The number of the decoder layer that holds ``experts[i]``."""
+        return int(self.experts[i].path.removeprefix(f"{self._layers_path}.").partition(".")[0])
+
+    def embed(self, token_ids: Tensor) -> Hidden:
+        """What enters the first decoder layer. token_ids: (windows, L) int64."""
+        if self.reader is not None:
+            self._bring_in_what_is_outside_of_layers()
+        batches = list(token_ids.split(max(1, _BATCH_TOKENS // token_ids.shape[1])))
+        return Hidden(batches, [self._through(ids, None, None) for ids in batches])
+
+    def run(self, hidden: Hidden, start: int, stop: int, changes: Mapping[int, RouterChange] | None = None) -> Hidden:
+        """What leaves decoder layer ``stop - 1``, given what enters layer ``start``.
+
+        changes: by number in ``experts``, a change of that layer's router for this run only; pruned slots and
+            fewer experts per token, nothing that renumbers experts
+        """
+        with ExitStack() as stack:
+            for i, change in (changes or {}).items():
+                stack.callback(change_choice(self.experts[i].router(self.module), change).remove)
+            states = hidden.states
+            for number in range(start, stop):
+                with self.layer_in_memory(number):
+                    states = [
+                        self._through(ids, number, state) for ids, state in zip(hidden.token_ids, states, strict=True)
+                    ]
+        return Hidden(hidden.token_ids, states)
+
+    @contextmanager
+    def layer_in_memory(self, number: int) -> Iterator[nn.Module]:
+        """A decoder layer with its weights; read from disk, and dropped afterwards, unless the model is in memory."""
+        layer = self.decoder_layers[number]
+        held = [t for t in layer.state_dict().values() if t.is_meta]
+        if self.reader is None or not held:
+            yield layer
+            return
+        self._bring_in(f"{self._layers_path}.{number}", list(layer.state_dict()))
+        try:
+            yield layer
+        finally:
+            empty = {name: torch.empty_like(t, device="meta") for name, t in layer.state_dict().items()}
+            layer.load_state_dict(empty, assign=True)
+
+    @torch.inference_mode()
+    def _through(self, token_ids: Tensor, number: int | None, state: Tensor | None) -> Tensor:
+        """The output of one decoder layer for ``state``, or the input of the first where ``number`` is None.
+
+        The model's own forward prepares masks and positions for each layer; the other layers are passed over.
+        """
+
+        def stand_in(index: int):
+            own = layers[index].forward
+
+            def forward(hidden_states, *args, **kwargs):
+                if number is None:
+                    raise _Reached(hidden_states)
+                if index != number:
+                    return hidden_states
+                output = own(state, *args, **kwargs)
+                raise _Reached(output[0] if isinstance(output, tuple) else output)
+
+            return forward
+
+        layers = self.decoder_layers
+        training = self.module.training
+        self.module.eval()
+        with ExitStack() as stack:
+            for index, layer in enumerate(layers):
+                layer.forward = stand_in(index)
+                stack.callback(layer.__dict__.pop, "forward")
+            try:
+                device = self.module.get_input_embeddings().weight.device  # type: ignore[operator]
+                self.module(token_ids.to(device), use_cache=False)
+            except _Reached as reached:
+                return reached.hidden_states
+            finally:
+                self.module.train(training)
+        raise ValueError(f"{type(self.module).__name__}: its forward does not call the layers of {self._layers_path}")
+
+    # ---- from disk
+
+    def _bring_in_what_is_outside_of_layers(self) -> None:
+        head = self.module.get_output_embeddings()  # type: ignore[operator]
+        head_path = next((path for path, module in self.module.named_modules() if module is head), None)
+        unused = tuple(f"{path}." for path in (self._layers_path, head_path) if path is not None)
+        outside = [n for n, t in self.module.state_dict().items() if t.is_meta and not n.startswith(unused)]
+        self._bring_in("", outside)
+        for name, buffer in list(self.module.named_buffers()):
+            if buffer.is_meta and name not in self.module.state_dict():
+                owner = self.module.get_submodule(name.rpartition(".")[0])
+                setattr(owner, name.rpartition(".")[2], torch.empty_like(buffer, device="cpu"))
+                self.module._init_weights(owner)  # type: ignore[operator]
+
+    def _bring_in(self, path: str, names: list[str]) -> None:
+        assert self.reader is not None
+        module = self.module.get_submodule(path)
+        wanted = module.state_dict()
+        kept = [n for kind in ("", "_strict") for n in getattr(self.module, f"_keep_in_fp32_modules{kind}", None) or ()]
+        tensors = {}
+        for name, tensor in self.reader.read(path, names).items():
+            exempt = any(part in f"{path}.{name}" for part in kept)
+            tensors[name] = tensor if exempt else tensor.to(wanted[name].dtype)
+        module.load_state_dict(tensors, assign=True, strict=False)
+
+
+class _Reached(BaseException):
+    """Leaves a model's forward with what was wanted; not an Exception, so that no model's code holds it up."""
+
+    def __init__(self, hidden_states: Tensor) -> None:
+        self.hidden_states = hidden_states
+
+
+def _list_above(module: nn.Module, path: str) -> str | None:
+    parts = path.split(".")
+    above = (".".join(parts[:n]) for n in range(1, len(parts)))
+    return next((p for p in above if isinstance(module.get_submodule(p), nn.ModuleList)), None)
+
+
+def build_on_meta(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module:
+    """The dense model of a checkpoint, without memory for its weights.
+
+    Raises ValueError if the checkpoint is quantised already or its architecture cannot be built.
+    """
+    import transformers
+
+    quantised = checkpoint.config.get("quantization_config")
+    if quantised is not None:
+        kind = quantised.get("quant_method")
+        hint = "it is compressed already" if kind == "resmoe" else "start from an unquantised checkpoint"
+        raise ValueError(f"{checkpoint.folder}: holds {kind}-quantised weights; {hint}")
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        architecture = (config.architectures or [""])[0]
+        native = getattr(transformers, architecture, None)
+        dtype = config.dtype or torch.float32
+        with torch.device("meta"):
+            if native is not None and not (trust_remote_code and "auto_map" in checkpoint.config):
+                return native._from_config(config, dtype=dtype)
+            auto = transformers.AutoModelForCausalLM
+            return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of any type: what a model's class says to values it does not like
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{checkpoint.folder}: transformers cannot build this model: {reason}") from error

@@ -1,0 +1,385 @@
+"""Where a model keeps its experts, and in which layout: found by contract, never by a list of class names.
+
+Three layouts of experts are covered: stacked in 3-D parameters (transformers 5), a ModuleDict of two-matrix experts
+behind a one-hot contract (Switch Transformers), and a ModuleList of MLPs in a block that routes by itself (older
+remote code). In models without experts, the gated feed-forward modules are found where they are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from resmoe_kernels.factored import DenseExperts, FactoredExperts
+from resmoe_kernels.python_ops.models.activation_names import gate_name, pointwise_name
+from resmoe_kernels.python_ops.models.layer import (
+    DenseFFNLayer,
+    FactoredExpertsLayer,
+    OneHotExpertsLayer,
+    SelfRoutedExpertsLayer,
+)
+from resmoe_kernels.python_ops.models.routers import change_choice, find_router, read_scoring
+from resmoe_kernels.python_ops.models.routing import RouterChange, Scoring
+
+Watcher = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class ExpertsModule:
+    """One experts module of a model. Subclasses know a layout.
+
+    path: where it is, e.g. ``model.layers.3.mlp.experts``;  module: the module itself, on any device, meta included
+    """
+
+    path: str
+    module: nn.Module
+    layer_class: ClassVar[type[FactoredExpertsLayer]] = FactoredExpertsLayer  # what takes the module's place
+
+    @classmethod
+    def covers(cls, module: nn.Module, parent: nn.Module | None) -> bool:
+        """Whether the module (below ``parent``) follows this layout's contract."""
+        raise NotImplementedError
+
+    def refusal(self) -> str | None:
+        """Why this module cannot be compressed although its layout is covered; None if it can."""
+        return None
+
+    def read(self, parameters: Mapping[str, Tensor]) -> DenseExperts:
+        """The module's parameters, by name below ``path``, as (E, 2I, H) and (E, H, I) with gate rows first."""
+        raise NotImplementedError
+
+    def install(
+        self,
+        model: nn.Module,
+        weights: FactoredExperts,
+        change: RouterChange | None = None,
+        part_router: Tensor | None = None,
+    ) -> FactoredExpertsLayer:
+        """Puts the factored layer in the module's place, changes its router and returns the layer."""
+        layer = self.layer_class(weights, self.activation)
+        if change is not None:
+            if change.changes_choice:
+                change_choice(self.router(model), change)
+            layer.change_routing(change, part_router)
+        model.set_submodule(self.path, layer)
+        return layer
+
+    def router(self, model: nn.Module) -> nn.Module:
+        """The module that routes to these experts. Raises ValueError if there is none whose choice can be changed."""
+        return find_router(model, self.path, self.num_experts)
+
+    def scoring(self, model: nn.Module) -> Scoring:
+        """How that router scores. Raises ValueError if that is not known."""
+        return read_scoring(self.router(model), self.path)
+
+    def watch(self, model: nn.Module, called: Watcher) -> list[RemovableHandle]:
+        """Calls ``called(x, index, weight, logits)`` whenever the dense module runs, until the handles are removed.
+
+        x (T, H);  index, weight (T, top_k), the routing of these tokens;  logits (T, E) of the router
+        """
+        logits: list[Tensor] = []
+
+        def on_experts(module, positional: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            x, index, weight = (*positional, *named.values())
+            called(x, index, weight, logits.pop())
+
+        return [
+            self.router(model).register_forward_hook(lambda module, _, output: logits.append(output[0])),
+            self.module.register_forward_pre_hook(on_experts, with_kwargs=True),
+        ]
+
+    @property
+    def num_experts(self) -> int:
+        """As the router counts them."""
+        return len(self.module)  # type: ignore[arg-type]
+
+    @cached_property
+    def activation(self) -> str:
+        """The name under which the op knows this module's activation."""
+        raise NotImplementedError
+
+    @property
+    def parameter_names(self) -> list[str]:
+        return [name for name, _ in self.module.named_parameters()]
+
+    def _stack(self, parameters: Mapping[str, Tensor], name: str) -> Tensor | None:
+        """Of modules that hold one matrix per expert: those named by the pattern; None where there are none."""
+        names = [name.format(i) for i in range(len(self.module))]  # type: ignore[arg-type]
+        return torch.stack([parameters[n] for n in names]) if names[0] in parameters else None
+
+
+class StackedExperts(ExpertsModule):
+    """transformers 5: ``gate_up_proj`` (or ``up_proj``) and ``down_proj`` are 3-D parameters, and flags say how."""
+
+    _FLAGS = ("is_transposed", "is_concatenated", "has_bias", "has_gate")
+
+    @classmethod
+    def covers(cls, module: nn.Module, parent: nn.Module | None) -> bool:
+        if not all(hasattr(module, flag) for flag in cls._FLAGS):
+            return False
+        first = getattr(module, "gate_up_proj" if module.has_gate else "up_proj", None)
+        down = getattr(module, "down_proj", None)
+        return all(isinstance(p, nn.Parameter) and p.dim() == 3 for p in (first, down))
+
+    def refusal(self) -> str | None:
+        if getattr(self.module, "has_post_expert_norm", False):
+            return "it normalises each expert's output before the sum, so a shared base cannot be applied once"
+        known = {f"{m}{b}" for m in (self._first, "down_proj") for b in ("", "_bias")}
+        unknown = sorted(set(self.parameter_names) - known)
+        return f"it holds parameters this package does not know: {', '.join(unknown)}" if unknown else None
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.module.down_proj)  # type: ignore[arg-type]
+
+    @property
+    def _first(self) -> str:
+        return "gate_up_proj" if self.module.has_gate else "up_proj"
+
+    def read(self, parameters: Mapping[str, Tensor]) -> DenseExperts:
+        first, down = parameters[self._first], parameters["down_proj"]
+        bias_first, bias_down = parameters.get(f"{self._first}_bias"), parameters.get("down_proj_bias")
+        if self.module.is_transposed:
+            first, down = first.transpose(1, 2), down.transpose(1, 2)
+        if self._interleaved:
+            first = torch.cat([first[:, ::2], first[:, 1::2]], dim=1)
+            if bias_first is not None:
+                bias_first = torch.cat([bias_first[:, ::2], bias_first[:, 1::2]], dim=1)
+        return DenseExperts(first, down, bias_first, bias_down, gated=bool(self.module.has_gate))
+
+    @property
+    def _interleaved(self) -> bool:
+        return bool(self.module.has_gate) and not self.module.is_concatenated
+
+    @cached_property
+    def activation(self) -> str:
+        # A copy without the parameters: the swapped model must not keep the dense weights alive.
+        shell: Any = self.module.__class__.__new__(self.module.__class__)
+        shell.__dict__.update(self.module.__dict__, _parameters={})
+        if not self.module.has_gate:
+            return pointwise_name(shell.act_fn)
+        if not self._interleaved:
+            return gate_name(shell._apply_gate, shell)
+        return gate_name(lambda z: shell._apply_gate(torch.stack(z.chunk(2, -1), -1).flatten(-2)), shell)
+
+
+class OneHotExperts(ExpertsModule):
+    """Switch Transformers: ``ModuleDict`` of ``expert_<i>``, each with linears ``wi`` and ``wo`` and no gate."""
+
+    layer_class = OneHotExpertsLayer
+
+    @classmethod
+    def covers(cls, module: nn.Module, parent: nn.Module | None) -> bool:
+        if not isinstance(module, nn.ModuleDict) or not len(module):
+            return False
+        names = [f"expert_{i}" for i in range(len(module))]
+        return list(module) == names and all(_linears(module[n]) == {"wi", "wo"} for n in names)
+
+    def read(self, parameters: Mapping[str, Tensor]) -> DenseExperts:
+        first, down, bias_first, bias_down = (
+            self._stack(parameters, f"expert_{{}}.{name}") for name in ("wi.weight", "wo.weight", "wi.bias", "wo.bias")
+        )
+        assert first is not None and down is not None
+        return DenseExperts(first, down, bias_first, bias_down, gated=False)
+
+    def install(self, model: nn.Module, *what: Any) -> FactoredExpertsLayer:
+        layer = super().install(model, *what)
+        # from_pretrained initialises what has no weights yet block by block, and this block would reach for experts
+        # by their old names. Nothing of its own is left to initialise: router and experts are modules below it.
+        model.get_submodule(self.path.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
+        return layer
+
+    @cached_property
+    def activation(self) -> str:
+        return pointwise_name(self.module["expert_0"].act)  # type: ignore[index]
+
+
+class SelfRoutedExperts(ExpertsModule):
+    """deepseek-moe-16b's own code and its heirs: ``experts`` is a ModuleList of gated MLPs, and the block around it
+    hands tokens and routing to its method ``moe_infer(x, expert ids, expert weights)``, which is replaced."""
+
+    layer_class = SelfRoutedExpertsLayer
+
+    @classmethod
+    def covers(cls, module: nn.Module, parent: nn.Module | None) -> bool:
+        mlp = {"gate_proj", "up_proj", "down_proj"}
+        return (
+            isinstance(module, nn.ModuleList)
+            and len(module) > 0
+            and all(_linears(expert) == mlp and hasattr(expert, "act_fn") for expert in module)
+            and callable(getattr(parent, "moe_infer", None))
+        )
+
+    def read(self, parameters: Mapping[str, Tensor]) -> DenseExperts:
+        gate, up, down, bias_gate, bias_up, bias_down = (
+            self._stack(parameters, f"{{}}.{m}_proj.{kind}")
+            for kind in ("weight", "bias")
+            for m in ("gate", "up", "down")
+        )
+        assert gate is not None and up is not None and down is not None
+        bias = None if bias_gate is None or bias_up is None else torch.cat([bias_gate, bias_up], dim=1)
+        return DenseExperts(torch.cat([gate, up], dim=1), down, bias, bias_down)
+
+    def install(self, model: nn.Module, *what: Any) -> FactoredExpertsLayer:
+        layer = super().install(model, *what)
+        model.get_submodule(self.path.rpartition(".")[0]).moe_infer = layer.moe_infer  # type: ignore[assignment]
+        return layer
+
+    @cached_property
+    def activation(self) -> str:
+        return pointwise_name(self.module[0].act_fn, gated=True)  # type: ignore[index]
+
+
+class DenseFFN(ExpertsModule):
+    """The feed-forward module of Llama and its heirs, down(act(gate x) * up x), read as a single expert that every
+    token uses with weight 1. It has no router."""
+
+    layer_class = DenseFFNLayer
+
+    @classmethod
+    def covers(cls, module: nn.Module, parent: nn.Module | None) -> bool:
+        mlp = {"gate_proj", "up_proj", "down_proj"}
+        return _linears(module) == mlp and hasattr(module, "act_fn") and not _own_parameters(module)
+
+    @property
+    def num_experts(self) -> int:
+        return 1
+
+    def read(self, parameters: Mapping[str, Tensor]) -> DenseExperts:
+        gate_up, bias_gate_up = (
+            torch.cat([parameters[f"{m}_proj.{kind}"] for m in ("gate", "up")]).unsqueeze(0)
+            if f"gate_proj.{kind}" in parameters
+            else None
+            for kind in ("weight", "bias")
+        )
+        assert gate_up is not None
+        bias_down = parameters.get("down_proj.bias")
+        return DenseExperts(
+            gate_up,
+            parameters["down_proj.weight"].unsqueeze(0),
+            bias_gate_up,
+            None if bias_down is None else bias_down.unsqueeze(0),
+        )
+
+    def router(self, model: nn.Module) -> nn.Module:
+        raise ValueError(f"{self.path}: a dense feed-forward module has no router; its parts are what can be chosen")
+
+    def watch(self, model: nn.Module, called: Watcher) -> list[RemovableHandle]:
+        def on_module(module, positional: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            x = (*positional, *named.values())[0].flatten(0, -2)
+            one = torch.ones(len(x), 1, device=x.device)
+            called(x, torch.zeros_like(one, dtype=torch.int64), one, torch.zeros_like(one))
+
+        return [self.module.register_forward_pre_hook(on_module, with_kwargs=True)]
+
+    @cached_property
+    def activation(self) -> str:
+        return pointwise_name(self.module.act_fn, gated=True)  # type: ignore[arg-type]
+
+
+LAYOUTS: tuple[type[ExpertsModule], ...] = (StackedExperts, OneHotExperts, SelfRoutedExperts)
+
+
+def find_experts(model: nn.Module, *, or_ffns: bool = False) -> list[ExpertsModule]:
+    """Every experts module of a model, in order; of a model without, and ``or_ffns``, its feed-forward modules.
+
+    Raises ValueError naming module and reason if one of them is of a kind that is not covered, or if there is none.
+    """
+    found = _find(model)
+    if not found and or_ffns:
+        found = _find_ffns(model)
+        if not found:
+            raise ValueError(
+                f"{type(model).__name__} holds neither experts modules nor feed-forward modules of linears gate_proj, "
+                "up_proj and down_proj: nothing to compress"
+            )
+    if not found:
+        raise ValueError(f"{type(model).__name__} holds no experts modules: nothing to compress")
+    return found
+
+
+def _find(model: nn.Module) -> list[ExpertsModule]:
+    found: list[ExpertsModule] = []
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        if any(path.startswith(f"{f.path}.") for f in found) or isinstance(module, FactoredExpertsLayer):
+            continue
+        parent = modules[path.rpartition(".")[0]] if path else None
+        layout = next((layout for layout in LAYOUTS if layout.covers(module, parent)), None)
+        if layout is not None:
+            experts = layout(path, module)
+            reason = experts.refusal()
+            if reason is not None:
+                raise ValueError(f"{path} ({type(module).__name__}) cannot be compressed: {reason}")
+            found.append(experts)
+        elif _looks_like_experts(path, module):
+            raise ValueError(
+                f"{path} ({type(module).__name__}) cannot be compressed: its layout is not one of those covered "
+                "(stacked 3-D parameters with layout flags, a one-hot ModuleDict, a ModuleList served by moe_infer)"
+            )
+    return found
+
+
+def _find_ffns(model: nn.Module) -> list[ExpertsModule]:
+    """The feed-forward modules of a model that has no experts, not those beside experts that were compressed."""
+    layers = [m for m in model.modules() if isinstance(m, FactoredExpertsLayer)]
+    if not all(isinstance(m, DenseFFNLayer) for m in layers):
+        return []
+    return [DenseFFN(path, m) for path, m in model.named_modules() if DenseFFN.covers(m, None)]
+
+
+def select_layers(found: list[ExpertsModule], layers: str) -> list[ExpertsModule]:
+    """``all``; ``first:N`` or ``last:N`` of the experts modules; or their numbers, ``0,3,5-7``.
+
+    Raises ValueError for anything else.
+    """
+    rule = "layers: must be 'all', 'first:N', 'last:N' or numbers like '0,3,5-7'"
+    try:
+        if layers == "all":
+            return found
+        end, _, count = layers.partition(":")
+        if end in ("first", "last"):
+            number = int(count)
+            if not 1 <= number <= len(found):
+                raise ValueError
+            return found[:number] if end == "first" else found[-number:]
+        chosen: set[int] = set()
+        for part in layers.split(","):
+            start, dash, stop = part.partition("-")
+            numbers = range(int(start), int(stop if dash else start) + 1)
+            if not numbers or numbers[-1] >= len(found):
+                raise ValueError
+            chosen.update(numbers)
+        return [found[i] for i in sorted(chosen)]
+    except ValueError:
+        raise ValueError(f"{rule}, for {len(found)} experts modules; got {layers!r}") from None
+
+
+def _looks_like_experts(path: str, module: nn.Module) -> bool:
+    name = path.rpartition(".")[2]
+    named = name == "experts" or "Experts" in type(module).__name__
+    return named and not name.startswith("shared") and next(module.parameters(), None) is not None
+
+
+def _own_parameters(module: nn.Module) -> list[str]:
+    """Parameters that are not those of its linears."""
+    return [n for n, _ in module.named_parameters() if n.partition(".")[0] not in _linears(module)]
+
+
+def _linears(module: nn.Module) -> set[str]:
+    return {name for name, child in module.named_children() if isinstance(child, nn.Linear)}
+
+
+def expert_nbytes(model: nn.Module) -> int:
+    """Bytes of all expert weights of a model, factored (indices, base and part routers included) and dense ones
+    together; of a model without experts those of its feed-forward modules."""
+    factored = [m for m in model.modules() if isinstance(m, FactoredExpertsLayer)]
+    tensors = [m.part_router for m in factored if m.part_router is not None]
+    tensors += [p for experts in _find(model) or _find_ffns(model) for p in experts.module.parameters()]
+    return sum(m.form.nbytes() for m in factored) + sum(t.numel() * t.element_size() for t in tensors)
