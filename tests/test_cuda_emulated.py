@@ -12,8 +12,9 @@ from typing import Any
 import emulated_cuda
 import pytest
 import torch
+from accuracy import assert_accurate
 from emulated_cuda import ARRIVALS, OPS, ORDERS, Gpu
-from oracle import ACTIVATIONS, assert_as_good_as_pytorch
+from oracle import ACTIVATIONS
 from safetensors import safe_open
 from test_experts import ROUTINGS, inputs
 from torch import Tensor
@@ -109,7 +110,7 @@ def run_and_check(
     device: str, call: tuple[Tensor, Tensor, Tensor], layer: FactoredExperts, activation: str = "silu"
 ) -> Tensor:
     output = run(device, call, layer, activation)
-    assert_as_good_as_pytorch(output, *call, layer.tensors(), layer.sizes(), activation=activation)
+    assert_accurate(output, *call, layer.tensors(), layer.sizes(), activation=activation)
     return output
 
 
@@ -264,7 +265,7 @@ def test_broadcast_inputs(device, make_layer, generator, op):
     x, index, weight = x.to(device), index.to(device), torch.tensor([[0.25]], device=device)
     call = (x[:1].expand(9, -1), index.T.contiguous().T, weight.expand(9, 3))
     output = experts(*call, layer.to(device)).cpu()
-    assert_as_good_as_pytorch(output, *call, layer.tensors(), layer.sizes())
+    assert_accurate(output, *call, layer.tensors(), layer.sizes())
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -357,7 +358,7 @@ def test_what_is_not_routed_is_not_read(device, make_layer, generator, op, token
     cleared = FactoredExperts.from_tensors(
         {n: t.nan_to_num(0.0) if t.is_floating_point() else t for n, t in parts.items()}, **layer.sizes()
     )
-    assert_as_good_as_pytorch(output, x, index, clean, cleared.tensors(), cleared.sizes())
+    assert_accurate(output, x, index, clean, cleared.tensors(), cleared.sizes())
 
 
 # ---- the op

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from accuracy import assert_accurate
 from conftest import INTERPRETED
-from oracle import assert_as_good_as_pytorch
 from test_experts import FORMS, inputs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -75,7 +75,7 @@ def run_between_bands(
         output = experts(x, index, weights, inside, activation)
     assert len(bands.buffers) > given, "no buffer was allocated inside the bands"
     bands.check()
-    assert_as_good_as_pytorch(output, *call, layer.tensors(), layer.sizes(), activation=activation)
+    assert_accurate(output, *call, layer.tensors(), layer.sizes(), activation=activation)
 
 
 def _index(generator: torch.Generator, tokens: int, top_k: int, num_experts: int) -> Tensor:

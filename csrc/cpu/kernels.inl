@@ -190,6 +190,10 @@ inline constexpr int64_t kPrefetchBytes = 1024;
 // bfloat16, stay in the second-level cache.
 inline constexpr int64_t kColumnBlock = 2048;
 
+// Columns that are summed in one register before the sum is added to what `out` holds. The error of a sum of n
+// terms one after another grows with n, that of sums of blocks with the block and the number of blocks.
+inline constexpr int64_t kSumColumns = 256;
+
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
@@ -240,31 +244,32 @@ template <class Step, class Source, int kRows, int kTiles, Ask kAsk>
 inline __attribute__((always_inline)) void block(const Source* source, int64_t x0, int64_t steps,
                                                  int64_t after_steps, const void* const* x, float* const* out,
                                                  int64_t column) {
-  Lanes::Floats sum[kRows][kTiles];
   Source at[kTiles];
   const void* row[kRows];
-  for (int i = 0; i < kRows; ++i) {
-    row[i] = x[i];
-    for (int j = 0; j < kTiles; ++j) sum[i][j] = Lanes::set(0.0f);
-  }
+  for (int i = 0; i < kRows; ++i) row[i] = x[i];
   for (int j = 0; j < kTiles; ++j) at[j] = source[j];
-  for (int64_t s = x0; s < x0 + steps; ++s) {
-    if constexpr (kAsk == Ask::after) {
-      for (int j = 0; s - x0 < after_steps && j < kTiles; ++j) at[j].ask_after(s - x0);
+  for (int64_t s0 = x0; s0 < x0 + steps; s0 += kSumColumns / 2) {
+    Lanes::Floats sum[kRows][kTiles];
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kTiles; ++j) sum[i][j] = Lanes::set(0.0f);
+    for (int64_t s = s0; s < least(x0 + steps, s0 + kSumColumns / 2); ++s) {
+      if constexpr (kAsk == Ask::after) {
+        for (int j = 0; s - x0 < after_steps && j < kTiles; ++j) at[j].ask_after(s - x0);
+      }
+      typename Step::Line line[kTiles];
+      for (int j = 0; j < kTiles; ++j) {
+        if constexpr (kAsk == Ask::own) at[j].ask_ahead(s);
+        line[j] = at[j].next();
+      }
+      for (int i = 0; i < kRows; ++i) {
+        const typename Step::Pair pair = Step::pair(row[i], s);
+        for (int j = 0; j < kTiles; ++j) sum[i][j] = Step::dot(sum[i][j], line[j], pair);
+      }
     }
-    typename Step::Line line[kTiles];
-    for (int j = 0; j < kTiles; ++j) {
-      if constexpr (kAsk == Ask::own) at[j].ask_ahead(s);
-      line[j] = at[j].next();
-    }
-    for (int i = 0; i < kRows; ++i) {
-      const typename Step::Pair pair = Step::pair(row[i], s);
-      for (int j = 0; j < kTiles; ++j) sum[i][j] = Step::dot(sum[i][j], line[j], pair);
-    }
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kTiles; ++j)
+        Lanes::store(out[i] + column + 16 * j, Lanes::add(Lanes::load(out[i] + column + 16 * j), sum[i][j]));
   }
-  for (int i = 0; i < kRows; ++i)
-    for (int j = 0; j < kTiles; ++j)
-      Lanes::store(out[i] + column + 16 * j, Lanes::add(Lanes::load(out[i] + column + 16 * j), sum[i][j]));
 }
 
 template <class Step, class Source, int kTiles, Ask kAsk, int kRows = Step::kRows>
