@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -195,7 +196,7 @@ def inspect_command(
 @app.command("eval")
 def eval_command(
     models: Annotated[list[Path], typer.Argument(help="Folders of checkpoints, dense or factored.")],
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text file: perplexity.")] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text: perplexity, KL from the first model.")] = None,
     lambada: Annotated[Path | None, typer.Option(help="LAMBADA-style JSONL: accuracy of the last word.")] = None,
     piqa: Annotated[Path | None, typer.Option(help="PIQA-style JSONL, labels beside it: two-choice accuracy.")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens scored per window; 512, or the window if less.")] = None,
@@ -203,22 +204,31 @@ def eval_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     trust_remote_code: Remote = False,
 ) -> None:
-    """Evaluate checkpoints side by side: bytes of the experts, perplexity, accuracies."""
+    """Evaluate checkpoints side by side: bytes of the experts, perplexity, KL from the first, accuracies.
+
+    With a text and more than one checkpoint, the first, the dense one, is what the others are held against: its logits
+    of the text are kept in a temporary file (TMPDIR), exactly, so that one model at a time is in memory.
+    """
     from resmoe_kernels.python_ops.models.layouts import expert_nbytes
     from resmoe_kernels.python_ops.tools.evaluate import evaluate
 
     rows: dict[str, dict[str, float]] = {}
-    for folder in models:
-        model, tokenizer = _load(folder, trust_remote_code)
-        results = evaluate(model, tokenizer, text=text, lambada=lambada, piqa=piqa, stride=stride, limit=limit)
-        rows[str(folder)] = {"expert_bytes": expert_nbytes(model), **results}
-        del model
+    files = {"text": text, "lambada": lambada, "piqa": piqa}
+    with TemporaryDirectory() as folder_of_logits:
+        logits = Path(folder_of_logits) / "logits.safetensors" if text is not None and len(models) > 1 else None
+        for folder in models:
+            model, tokenizer = _load(folder, trust_remote_code)
+            first = not rows
+            judged = {"keep": logits if first else None, "against": None if first else logits}
+            results = evaluate(model, tokenizer, **files, **judged, stride=stride, limit=limit)
+            rows[str(folder)] = {"expert_bytes": expert_nbytes(model), **results}
+            del model
     if as_json:
         print(json.dumps(rows, indent=2))
         return
     table = Table("", *map(escape, rows))
-    for metric in next(iter(rows.values())):
-        table.add_row(metric, *(_number(row[metric]) for row in rows.values()))
+    for metric in dict.fromkeys(metric for row in rows.values() for metric in row):
+        table.add_row(metric, *(_number(row[metric]) if metric in row else "-" for row in rows.values()))
     _print(table)
 
 

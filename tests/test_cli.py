@@ -186,6 +186,9 @@ def test_eval_of_two_models(run, dense, factored, text):
     for row in rows.values():
         assert row["tokens"] > 100 and math.exp(row["nll_per_token"]) == pytest.approx(row["perplexity"])
     assert rows[str(dense)]["perplexity"] != rows[str(factored)]["perplexity"]
+    assert "kl" not in rows[str(dense)]
+    assert 0 < rows[str(factored)]["kl"] <= rows[str(factored)]["kl_99"]
+    assert 0 < rows[str(factored)]["same_first_choice"] <= 1
 
     table = run("eval", dense, "--text", text, "--stride", "16")
     assert table.code == 0 and "perplexity" in table.out and f"{rows[str(dense)]['perplexity']:,.4g}" in table.out

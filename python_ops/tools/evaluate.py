@@ -1,4 +1,4 @@
-"""Quality of a causal language model: perplexity of a text, LAMBADA and PIQA, all through one function."""
+"""Quality of a causal language model: KL from the dense one and perplexity of a text, LAMBADA and PIQA."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import math
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +20,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from resmoe_kernels.python_ops.calibration.usage import count_usage
+from resmoe_kernels.python_ops.tools.divergence import Divergence
+from resmoe_kernels.python_ops.tools.kept_logits import KeptLogits, LogitsWriter, described
 
 DEFAULT_STRIDE = 512
 WINDOW_CAP = 2048  # the window at which compression papers report perplexity
@@ -40,6 +44,8 @@ def evaluate(
     stride: int | None = None,
     window: int | None = None,
     limit: int | None = None,
+    against: PreTrainedModel | Path | str | None = None,
+    keep: Path | str | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
     """Scores a causal language model on the files given and returns every metric by name.
@@ -64,6 +70,12 @@ def evaluate(
     stride: tokens by which the window advances, 1 … window; by default 512, or the window where that is less
     window: most tokens the model sees at once; by default its ``max_position_embeddings``, at most 2048
     limit: reads only the first tokens of the text and the first rows of the other files
+    against: what the model was compressed from, beside it in memory and run window by window, or a file of its logits
+        of this very text (see ``keep``) -> ``kl``, the mean over tokens of the KL divergence from its next-token
+        distribution to the model's, in nats and float64; ``kl_99``, which 99 of 100 tokens stay within;
+        ``same_first_choice``, the share of tokens where both find the same one likeliest
+    keep: file to write the model's logits of the text to, exactly as the head gives them: V entries of its dtype for
+        each token scored, for ``against`` where two models do not fit in memory
 
     Of a compressed model there is ``experts_per_token`` besides: with how many experts a token was computed, a part
     counting as its fraction, mean over all tokens run (padding included) and over layers.
@@ -84,6 +96,9 @@ def evaluate(
         raise ValueError(f"evaluate: {name} has no language-modelling head; load it with AutoModelForCausalLM")
     if limit is not None and limit < 1:
         raise ValueError(f"evaluate: limit must be at least 1, got {limit}")
+    for argument, value in (("against", against), ("keep", keep)):
+        if value is not None and text is None:
+            raise ValueError(f"evaluate: {argument} is about the tokens of a text; give text")
     window = _window(model, window)
     if stride is None:
         stride = min(DEFAULT_STRIDE, window)
@@ -97,6 +112,9 @@ def evaluate(
         ids = encode(tokenizer, read_text(text))[:limit]
         if len(ids) < 2:
             raise ValueError(f"{text}: perplexity needs at least two tokens, got {len(ids)}")
+    kept = None
+    if isinstance(against, (str, Path)):
+        kept = KeptLogits(against, described(torch.tensor(ids), stride, window))
     if lambada is not None:
         lambada_rows = _lambada_rows(tokenizer, lambada, window, limit)
     if piqa is not None:
@@ -104,12 +122,15 @@ def evaluate(
         piqa_rows, labels, sizes = _piqa_rows(tokenizer, piqa, piqa_labels, window, limit)
 
     metrics: dict[str, float] = {}
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    models = [model] if against is None or kept else [model, against]
+    modes = {module: module.training for m in models for module in m.modules()}  # type: ignore[union-attr]
+    for m in models:
+        m.eval()  # type: ignore[union-attr]
     try:
         with torch.inference_mode(), count_usage(model) as usage:
             if text is not None:
-                metrics |= _perplexity(model, torch.tensor(ids, device=model.device), stride, window, progress)
+                token_ids = torch.tensor(ids, device=model.device)
+                metrics |= _of_text(model, token_ids, stride, window, kept or against, keep, progress)  # type: ignore[arg-type]
             if lambada is not None:
                 scores = _score(model, lambada_rows, "lambada", progress)
                 metrics["lambada_accuracy"] = sum(greedy for _, greedy in scores) / len(scores)
@@ -138,23 +159,42 @@ def _window(model: PreTrainedModel, window: int | None) -> int:
     return window
 
 
-def _perplexity(model: PreTrainedModel, ids: Tensor, stride: int, window: int, progress: bool) -> dict[str, float]:
+def _of_text(
+    model: PreTrainedModel,
+    ids: Tensor,
+    stride: int,
+    window: int,
+    against: PreTrainedModel | KeptLogits | None,
+    keep: Path | str | None,
+    progress: bool,
+) -> dict[str, float]:
     """ids: (n,) int64, the whole text."""
     n = len(ids)
     overlap = max(window - stride, 1)
     # Not timed: the first forward also compiles kernels and allocates buffers.
     _last_logits(model, ids[None, : min(overlap + stride, n) - 1], keep=1)
     nll = seconds = 0.0
-    with tqdm(total=n - 1, desc="perplexity", unit="token", disable=not progress) as bar:
+    divergence = None if against is None else Divergence()
+    with (
+        tqdm(total=n - 1, desc="perplexity", unit="token", disable=not progress) as bar,
+        _writer(keep, n - 1, described(ids, stride, window)) as writer,
+    ):
         for start in range(0, max(n - overlap, 1), stride):
             first = start + overlap if start else 1
             end = min(start + overlap + stride, n)
+            seen = ids[None, start : end - 1]
             _synchronize(model.device)
             began = time.perf_counter()
-            logits = _last_logits(model, ids[None, start : end - 1], keep=end - first)
+            logits = _last_logits(model, seen, keep=end - first)[0]
             _synchronize(model.device)
             seconds += time.perf_counter() - began
-            nll -= _log_probs(logits[0], ids[first:end]).sum().item()
+            nll -= _log_probs(logits, ids[first:end]).sum().item()
+            if isinstance(against, KeptLogits):
+                divergence.add(logits, against.rows(first - 1, end - 1))  # type: ignore[union-attr]
+            elif against is not None:
+                divergence.add(logits, _last_logits(against, seen.to(against.device), keep=end - first)[0])  # type: ignore[union-attr]
+            if writer is not None:
+                writer.add(logits)
             bar.update(end - first)
     per_token = nll / (n - 1)
     return {
@@ -162,7 +202,22 @@ def _perplexity(model: PreTrainedModel, ids: Tensor, stride: int, window: int, p
         "nll_per_token": per_token,
         "tokens": n - 1,
         "tokens_per_second": (n - 1) / seconds,
+        **({} if divergence is None else divergence.metrics()),
     }
+
+
+@contextmanager
+def _writer(path: Path | str | None, tokens: int, windows: dict[str, str]) -> Iterator[LogitsWriter | None]:
+    if path is None:
+        yield None
+        return
+    writer = LogitsWriter(path, tokens, windows)
+    try:
+        yield writer
+    except BaseException:
+        writer.close(whole=False)
+        raise
+    writer.close()
 
 
 def _score(model: PreTrainedModel, rows: list[_Row], name: str, progress: bool) -> list[tuple[float, bool]]:
