@@ -18,6 +18,7 @@ from resmoe_kernels.python_ops.models.routing import (
     Threshold,
     choose_parts,
     fold,
+    keep_mass,
     map_slots,
     mass_before,
     part_shares,
@@ -296,6 +297,42 @@ def test_shares_of_a_token_sum_to_its_weight():
     torch.testing.assert_close(shares.sum(1), expected)
 
 
+# ---- a threshold over what a router chose
+
+
+@given(
+    tokens=st.lists(st.lists(st.integers(0, 20), min_size=3, max_size=3), min_size=1, max_size=4),
+    unused=st.integers(0, 3),
+    mass=st.sampled_from([0.1, 0.31, 0.5, 0.77, 1.0]),
+    combine=st.sampled_from(["raw", "renormalised"]),
+    most=st.sampled_from([None, 1, 2, 5]),
+)
+@settings(deadline=None, max_examples=80)
+def test_kept_mass(tokens, unused, mass, combine, most):
+    weights = torch.tensor(tokens, dtype=torch.float32) / 16  # sums are exact, and equal weights happen
+    slots = torch.arange(3).repeat(len(tokens), 1)
+    slots[:, unused:] = slots[:, unused:].where(torch.arange(3)[unused:] != 1, -1)
+    made_slots, made = keep_mass(slots, weights, Threshold(mass, combine, most, "chosen"))
+    for t in range(len(tokens)):
+        given_here = [float(w) if s >= 0 else 0.0 for w, s in zip(weights[t], slots[t], strict=True)]
+        total, kept = sum(given_here), []
+        for k in by_size(given_here)[: most or 3]:
+            if not kept or mass == 1 or sum(given_here[i] for i in kept) < mass * total:
+                kept.append(k)
+        expected = {k: given_here[k] for k in kept if slots[t, k] >= 0}
+        if combine == "renormalised" and (whole := sum(expected.values())):
+            expected = {k: w * total / whole for k, w in expected.items()}
+        got = {k: float(made[t, k]) for k in range(3) if made_slots[t, k] >= 0}
+        assert got == pytest.approx(expected, rel=1e-6)
+
+
+def test_all_mass_of_what_was_chosen_comes_back_as_it_is():
+    slots, weights = torch.tensor([[2, -1, 0]]), torch.tensor([[0.1, 7.0, -0.3]])
+    for combine in ("raw", "renormalised"):
+        kept = keep_mass(slots, weights, Threshold(1.0, combine, over="chosen"))
+        assert kept[0] is slots and kept[1] is weights
+
+
 # ---- the change as a value
 
 CHANGES = [
@@ -303,6 +340,7 @@ CHANGES = [
     RouterChange(expert_of_slot=(0, 1, 0, 1), fold=True),
     RouterChange(expert_of_slot=(0, -1, 1, -1), scoring=Scoring(2, normalised=True), masked="after"),
     RouterChange(scoring=Scoring(2), threshold=Threshold(0.8, "ones", 3), parts=4, part_mass=0.5),
+    RouterChange(threshold=Threshold(0.7, "renormalised", over="chosen")),
 ]
 
 
@@ -318,8 +356,9 @@ def test_a_change_describes_itself():
         "4 slots on 2 experts, folded",
         "2 of 4 kept",
         "threshold 0.8 ones, at most 3; 4 parts an expert, 0.5 of their mass",
+        "threshold 0.7 of the chosen renormalised",
     ]
-    assert [c.changes_choice for c in CHANGES] == [False, False, True, True]
+    assert [c.changes_choice for c in CHANGES] == [False, False, True, True, False]
     assert RouterChange(expert_of_slot=(0, 0, -1), scoring=Scoring(1)).describe() == "2 of 3 kept; 2 slots on 1 experts"
 
 
@@ -329,6 +368,8 @@ def test_a_change_describes_itself():
     (lambda: Threshold(math.nan), "threshold: must be in (0, 1], got nan"),
     (lambda: Threshold(0.5, "mean"), "combine: must be one of raw, renormalised, ones, got 'mean'"),
     (lambda: Threshold(0.5, max_experts=0), "max_experts: must be at least 1, got 0"),
+    (lambda: Threshold(0.5, over="some"), "over: must be one of all, chosen, got 'some'"),
+    (lambda: Threshold(0.5, "ones", over="chosen"), "combine: 'ones' needs a router whose scores are one softmax over"),
     (lambda: RouterChange(masked="never"), "masked: must be one of before, after, got 'never'"),
     (lambda: RouterChange(parts=0), "parts: must be at least 1, got 0"),
     (lambda: RouterChange(part_mass=0.0), "part_mass: must be in (0, 1], got 0.0"),
@@ -340,11 +381,11 @@ def test_a_change_describes_itself():
     (lambda: RouterChange(threshold=Threshold(0.5)), "scoring: needed where slots are pruned or a threshold chooses"),
     (
         lambda: RouterChange(threshold=Threshold(0.5), scoring=Scoring(2, "sigmoid")),
-        "threshold: needs a router whose scores are one softmax over all experts, got sigmoid in 1 groups",
+        "threshold: over all experts needs a router whose scores are one softmax over them, got sigmoid in 1 groups",
     ),
     (
         lambda: RouterChange(threshold=Threshold(0.5), scoring=Scoring(2, groups=4)),
-        "threshold: needs a router whose scores are one softmax over all experts, got softmax in 4 groups",
+        "threshold: over all experts needs a router whose scores are one softmax over them, got softmax in 4 groups",
     ),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(make, message):

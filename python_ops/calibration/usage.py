@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer
-from resmoe_kernels.python_ops.models.routing import fold, map_slots
+from resmoe_kernels.python_ops.models.routing import fold, keep_mass, map_slots
 
 _COUNTED = ("tokens", "slots", "skipped", "folded", "pairs")
 
@@ -74,8 +74,10 @@ def _counting(layer: FactoredExpertsLayer, usage: Usage) -> Callable[..., tuple[
     def counting_route(hidden_states: Tensor, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         experts, expert_weights = route(hidden_states, slots, weights)
         chosen = slots
+        if change.threshold_over_chosen is not None:
+            chosen, weights = keep_mass(slots, weights, change.threshold_over_chosen)
         if change.expert_of_slot is not None:
-            chosen = map_slots(slots, torch.tensor(change.expert_of_slot, device=slots.device))
+            chosen = map_slots(chosen, torch.tensor(change.expert_of_slot, device=slots.device))
         skipped = ((chosen < 0) | (chosen >= whole)).sum()
         folded = torch.zeros_like(skipped)
         if change.fold:

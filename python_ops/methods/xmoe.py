@@ -19,6 +19,7 @@ from resmoe_kernels.python_ops.models.routing import (
     Scoring,
     Threshold,
     choose_parts,
+    keep_mass,
     mass_before,
     part_shares,
     select,
@@ -81,6 +82,8 @@ def xmoe(
     """Makes the number of experts a token uses depend on the token, and experts finer. No weight is changed.
 
         p = softmax of the router's logits, p_1 >= p_2 >= ...;    y = sum of w_i f_i(x) over i with sum_{j<i} p_j < t
+        where the router's scores are no such p (sigmoid, groups, any other): the same of its own choice, with p_i the
+        weights that it gives, each token's divided by their sum;    t = 1 is then the model itself
         f_e(x) = sum of f_ej(x) over parts j;    used: the largest w_e q_ej, until they reach part_mass of sum_e w_e
 
     so a token uses the smallest set of experts, and of parts of those, that holds the mass, and at least one.
@@ -88,8 +91,8 @@ def xmoe(
     experts: the layer, of a mixture or a dense feed-forward module read as one expert
     threshold: t, in (0, 1];  experts_per_token: in its place, the mean number of experts that this layer's own t is
         calibrated to
-    combine: w_i: ``raw`` p_i (the paper), ``renormalised`` p_i / sum, ``ones``; by default renormalised where the
-        model's router normalises, raw where it does not
+    combine: w_i: ``raw`` p_i (the paper), ``renormalised`` p_i / sum, ``ones``; by default raw where the model's
+        router is known not to normalise, else renormalised
     max_experts: of a token, at most
     parts: of each expert; its number of neurons must be divisible by it
     split: ``activations`` puts neurons active on the same tokens together, ``contiguous`` leaves them as they are
@@ -133,7 +136,8 @@ def xmoe(
         part_mass = _part_mass(sample, router, parts, parts_per_token)
         router = router if part_mass < 1 else None
 
-    change = RouterChange(scoring=None if rule is None else scoring, threshold=rule, parts=parts, part_mass=part_mass)
+    scores = scoring if rule is not None and rule.over == "all" else None
+    change = RouterChange(scoring=scores, threshold=rule, parts=parts, part_mass=part_mass)
     factored = FactoredExperts(
         num_experts=dense.num_experts,
         hidden_size=dense.hidden_size,
@@ -211,9 +215,10 @@ def find(model: nn.Module) -> list[ExpertsModule]:
 def plan(
     model: DenseModel, chosen: Sequence[int], *, statistics: Statistics | None, progress: bool, **settings: Any
 ) -> list[dict[str, Any]]:
-    """What the model itself says of each layer: how its router scores, where that is needed, and its activation.
+    """What the model itself says of each layer: how its router scores, where that is needed and known, and its
+    activation.
 
-    Raises ValueError naming the layer if no threshold can be put on its router.
+    Raises ValueError naming the layer if it is a dense feed-forward module, and there is nothing to choose.
     """
     chooses = settings["threshold"] is not None or settings["experts_per_token"] is not None
     plans = []
@@ -222,16 +227,22 @@ def plan(
         if isinstance(found, DenseFFN) and settings["parts"] == 1:
             raise ValueError(f"{found.path}: a dense feed-forward module is one expert; give parts to split it into")
         if chooses:
-            scoring = model.scoring(i)
-            try:
-                RouterChange(scoring=scoring, threshold=Threshold(1.0))
-            except ValueError as error:
-                raise ValueError(f"{found.path}: {error}") from None
+            scoring = _scoring(model, i)
         plans.append({"scoring": None if scoring is None else asdict(scoring), "activation": found.activation})
     return plans
 
 
 # ---- thresholds
+
+
+def _scoring(model: DenseModel, i: int) -> Scoring | None:
+    """None where it is not known, which a threshold over what the router chose does not need."""
+    try:
+        return model.scoring(i)
+    except ValueError:
+        if isinstance(model.experts[i], DenseFFN):  # no router at all
+            raise
+        return None
 
 
 def _threshold(
@@ -245,18 +256,28 @@ def _threshold(
 ) -> Threshold | None:
     if mass is None and experts_per_token is None:
         return None
-    assert scoring is not None
+    over = "all" if scoring is not None and scoring.is_one_softmax else "chosen"
     if experts_per_token is not None:
         assert statistics is not None
-        most = min(count, max_experts or count)
+        shares = statistics.sample_logits.float().softmax(-1) if over == "all" else _shares(statistics.sample_weight)
+        most = min(shares.shape[-1], max_experts or count)
         if experts_per_token > most:
+            which = (
+                f"of a layer of {count} experts" if over == "all" else f"of {shares.shape[-1]} that the router chooses"
+            )
             raise ValueError(
-                f"experts_per_token: must be at most {most}, of a layer of {count} experts"
+                f"experts_per_token: must be at most {most}, {which}"
                 f"{'' if max_experts is None else f' and max_experts {max_experts}'}, got {experts_per_token}"
             )
-        mass = mass_for(statistics.sample_logits.float().softmax(-1), experts_per_token, most)
+        mass = mass_for(shares, experts_per_token, most)
     assert mass is not None
-    return Threshold(mass, combine or ("renormalised" if scoring.normalised else "raw"), max_experts)
+    normalises = scoring is None or scoring.normalised
+    return Threshold(mass, combine or ("renormalised" if normalises else "raw"), max_experts, over)
+
+
+def _shares(weights: Tensor) -> Tensor:
+    """(S, K) weights -> the same divided by each row's sum."""
+    return weights.float() / weights.float().sum(-1, keepdim=True).clamp(min=1e-20)
 
 
 def mass_for(shares: Tensor, target: float, most: int | None = None) -> float:
@@ -291,8 +312,11 @@ class _Sample(NamedTuple):
 
 
 def _sample(statistics: LayerStatistics, rule: Threshold | None, scoring: Scoring | None) -> _Sample:
+    index, weight = statistics.sample_index, statistics.sample_weight
     if rule is None:
-        return _Sample(statistics.sample_x, statistics.sample_index, statistics.sample_weight)
+        return _Sample(statistics.sample_x, index, weight)
+    if rule.over == "chosen":
+        return _Sample(statistics.sample_x, *keep_mass(index, weight, rule))
     assert scoring is not None
     weights, slots = select(statistics.sample_logits, scoring, threshold=rule)
     return _Sample(statistics.sample_x, slots, weights)

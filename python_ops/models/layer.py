@@ -12,7 +12,7 @@ from resmoe_kernels import experts_reference
 from resmoe_kernels.factored import SIZE_NAMES, TENSOR_NAMES, FactoredExperts
 from resmoe_kernels.ops import backends, experts_flat, experts_packed, explain
 from resmoe_kernels.packed import PackedExperts, declines
-from resmoe_kernels.python_ops.models.routing import RouterChange, choose_parts, fold, map_slots
+from resmoe_kernels.python_ops.models.routing import RouterChange, choose_parts, fold, keep_mass, map_slots
 
 PART_ROUTER = "part_router"
 
@@ -68,12 +68,13 @@ class FactoredExpertsLayer(nn.Module):
         return self.form if self.packed is None else self.packed.unpack()
 
     def change_routing(self, change: RouterChange, part_router: Tensor | None = None) -> None:
-        """From now on, what the router sends here is read by ``change``: slots mapped, folded, experts in parts.
+        """From now on, what the router sends here is read by ``change``: thinned, mapped, folded, in parts.
 
         part_router: (E, H) float, a row for every part, see routing.choose_parts
         """
         self.router_change = change
-        self.reroutes = change.expert_of_slot is not None or change.parts > 1
+        thins = change.threshold_over_chosen is not None
+        self.reroutes = thins or change.expert_of_slot is not None or change.parts > 1
         if change.expert_of_slot is not None:
             self._expert_of_slot = torch.tensor(change.expert_of_slot, device="cpu")
         if part_router is not None:
@@ -82,6 +83,8 @@ class FactoredExpertsLayer(nn.Module):
     def route(self, hidden_states: Tensor, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The experts (T, K) and weights that the op is given for the slots (T, top_k) the router chose."""
         change = self.router_change
+        if change.threshold_over_chosen is not None:
+            slots, weights = keep_mass(slots, weights, change.threshold_over_chosen)
         if self._expert_of_slot is not None:
             if self._expert_of_slot.device != slots.device:
                 self._expert_of_slot = self._expert_of_slot.to(slots.device)  # once: graphs are captured after a call

@@ -48,7 +48,10 @@ def read_scoring(router: nn.Module, experts_path: str) -> Scoring:
             tensor.data = torch.randn(tensor.shape, generator=generator) / max(tensor.shape, default=1) ** 0.5
     with torch.no_grad():
         x = torch.randn(_PROBE_TOKENS, probe.weight.shape[1], generator=generator)  # type: ignore[index, arg-type]
-        answer = probe(x)
+        try:
+            answer = probe(x)
+        except Exception:  # of any type: a router that wants more than hidden states
+            answer = None
     if isinstance(answer, tuple) and len(answer) == 3:
         logits, weights, experts = answer
         wanted = _by_slot(weights.float(), experts, num_slots)
@@ -112,7 +115,7 @@ class _Rechoose:
             pruned=self.pruned,
             left=self.left,
             masked=change.masked,
-            threshold=change.threshold,
+            threshold=change.threshold_over_all,
             bias=correction_bias(router),
         )
         return logits, chosen.to(weights.dtype), slots

@@ -16,6 +16,7 @@ from torch import Tensor
 SCORES = ("softmax", "sigmoid")
 MASKED = ("before", "after")
 COMBINE = ("raw", "renormalised", "ones")
+OVER = ("all", "chosen")
 
 
 @dataclass(frozen=True)
@@ -37,20 +38,29 @@ class Scoring:
     groups_kept: int = 1
     group_score: str = "max"
 
+    @property
+    def is_one_softmax(self) -> bool:
+        """Whether the scores are probabilities over all experts."""
+        return self.score == "softmax" and self.groups == 1
+
 
 @dataclass(frozen=True)
 class Threshold:
-    """A token uses the smallest set of most probable experts whose probabilities reach ``mass``, at least one.
+    """A token uses the smallest set of its likeliest experts whose shares reach ``mass``, at least one.
 
     mass: in (0, 1]; at 1 all are used, whatever rounding does to their sum
-    combine: weights of those used, times the router's own scale: ``raw`` p_e (the paper), ``renormalised`` p_e / sum
-        over those used, or ``ones``
+    combine: weights of those used: ``raw`` (the paper) as they are, ``renormalised`` to the sum that all had, or
+        ``ones`` times the router's own scale
     max_experts: never more than these, None for all
+    over: ``all`` experts, by their softmax, in place of the router's top_k (the paper); or those that the router has
+        ``chosen``, by w_i / sum w of the weights it gave. That asks nothing of how a router scores: sigmoid, a bias
+        on the choice, groups. There mass 1 is the model itself, bit by bit
     """
 
     mass: float
     combine: str = "raw"
     max_experts: int | None = None
+    over: str = "all"
 
     def __post_init__(self) -> None:
         if not 0 < self.mass <= 1:
@@ -59,6 +69,13 @@ class Threshold:
             raise ValueError(f"combine: must be one of {', '.join(COMBINE)}, got {self.combine!r}")
         if self.max_experts is not None and self.max_experts < 1:
             raise ValueError(f"max_experts: must be at least 1, got {self.max_experts}")
+        if self.over not in OVER:
+            raise ValueError(f"over: must be one of {', '.join(OVER)}, got {self.over!r}")
+        if self.over == "chosen" and self.combine == "ones":
+            raise ValueError(
+                "combine: 'ones' needs a router whose scores are one softmax over all experts; "
+                "use raw or renormalised with this one"
+            )
 
 
 @dataclass(frozen=True)
@@ -69,7 +86,7 @@ class RouterChange:
     fold: slots of one expert that a token chose together are computed once, with summed weights
     scoring: the router's own, needed where its choice changes: slots pruned, or a threshold
     masked: pruned slots leave ``before`` the softmax (the others share their mass) or ``after`` it (it is lost)
-    threshold: over the router's experts, in place of its top_k
+    threshold: over the router's experts, in place of its top_k, or over what it chose
     parts: every expert was split into so many; expert e became e * parts ... e * parts + parts - 1
     part_mass: of a token's weight spread over the parts by the part router, how much is used; 1: all parts
     """
@@ -93,10 +110,10 @@ class RouterChange:
             raise ValueError(f"expert_of_slot: must leave at least one expert, got {self.expert_of_slot}")
         if self.changes_choice and self.scoring is None:
             raise ValueError("scoring: needed where slots are pruned or a threshold chooses, got None")
-        threshold, scoring = self.threshold, self.scoring
-        if threshold is not None and scoring is not None and (scoring.score != "softmax" or scoring.groups > 1):
+        scoring = self.scoring
+        if self.threshold_over_all is not None and scoring is not None and not scoring.is_one_softmax:
             raise ValueError(
-                "threshold: needs a router whose scores are one softmax over all experts, "
+                "threshold: over all experts needs a router whose scores are one softmax over them, "
                 f"got {scoring.score} in {scoring.groups} groups"
             )
 
@@ -111,7 +128,15 @@ class RouterChange:
     @property
     def changes_choice(self) -> bool:
         """Whether the model's router has to choose otherwise than it did."""
-        return self.prunes or self.threshold is not None
+        return self.prunes or self.threshold_over_all is not None
+
+    @property
+    def threshold_over_all(self) -> Threshold | None:
+        return self.threshold if self.threshold is not None and self.threshold.over == "all" else None
+
+    @property
+    def threshold_over_chosen(self) -> Threshold | None:
+        return self.threshold if self.threshold is not None and self.threshold.over == "chosen" else None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for config.json."""
@@ -139,7 +164,8 @@ class RouterChange:
                 said.append(f"{kept} slots on {experts} experts" + (", folded" if self.fold else ""))
         if self.threshold is not None:
             at_most = "" if self.threshold.max_experts is None else f", at most {self.threshold.max_experts}"
-            said.append(f"threshold {self.threshold.mass:.4g} {self.threshold.combine}{at_most}")
+            chosen = " of the chosen" if self.threshold.over == "chosen" else ""
+            said.append(f"threshold {self.threshold.mass:.4g}{chosen} {self.threshold.combine}{at_most}")
         if self.parts > 1:
             said.append(f"{self.parts} parts an expert, {self.part_mass:.4g} of their mass")
         return "; ".join(said)
@@ -199,6 +225,27 @@ def _prefix(probabilities: Tensor, threshold: Threshold, left: int, scale: float
     elif threshold.combine == "ones":
         weights = used.float()
     return weights * scale, slots.where(used, -1)
+
+
+def keep_mass(slots: Tensor, weights: Tensor, threshold: Threshold) -> tuple[Tensor, Tensor]:
+    """Of the slots a router chose, the fewest whose weights reach the threshold's mass of their sum.
+
+    slots (T, K) int, outside [0, S) for unused; weights (T, K) -> the same shapes, -1 and 0 where no longer used. Of
+    equal weights the earlier slot stays. With mass 1 and no ``max_experts`` both come back as they are.
+    """
+    if threshold.mass >= 1 and threshold.max_experts is None:
+        return slots, weights
+    given = weights.float().where(slots >= 0, 0)
+    ordered, order = given.sort(dim=-1, descending=True, stable=True)
+    total = given.sum(-1, keepdim=True)
+    used = _within_mass(ordered, 1.0 if threshold.mass >= 1 else threshold.mass * total)
+    used[..., threshold.max_experts or ordered.shape[-1] :] = False
+    used[..., 0] = True  # also where no weight is above 0
+    kept = torch.zeros_like(used).scatter(-1, order, used)
+    made = given.where(kept, 0)
+    if threshold.combine == "renormalised":
+        made = made * (total / made.sum(-1, keepdim=True)).nan_to_num(1.0)
+    return slots.where(kept, -1), made.to(weights.dtype)
 
 
 def _within_mass(ordered: Tensor, mass: float | Tensor) -> Tensor:
