@@ -45,7 +45,7 @@ sanitize: setup
 # The Triton kernels on the CPU, by Triton's interpreter: it is chosen when kernels are imported, so in a process of its
 # own.
 interpret: setup
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/test_experts.py tests/test_triton_*.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/kernels/test_experts.py tests/triton_kernels
 
 # One thread each: with two, busy cores make OpenMP wait on itself (72 tests took 56 s instead of 7 s).
 pytest: setup

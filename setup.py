@@ -236,9 +236,10 @@ def main() -> None:
         language="c++",
         py_limited_api=True,  # names it _C.abi3.so: it uses nothing of Python, so one wheel serves every Python
     )
+    ops = find_packages(include=["resmoe_kernels", "resmoe_kernels.*"])
     python_ops = find_packages(include=["python_ops", "python_ops.*"])
     setup(
-        packages=["resmoe_kernels", *(f"resmoe_kernels.{name}" for name in python_ops)],
+        packages=[*ops, *(f"resmoe_kernels.{name}" for name in python_ops)],
         package_dir={"resmoe_kernels.python_ops": "python_ops"},
         package_data={"resmoe_kernels": ["py.typed", "tuned/*.json"]},
         ext_modules=[kernels],

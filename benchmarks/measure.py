@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from shapes import DTYPE, Shape
 from torch import Tensor
 
+from benchmarks.shapes import DTYPE, Shape
 from resmoe_kernels import FactoredExperts
 from resmoe_kernels.factored import MATRICES
 

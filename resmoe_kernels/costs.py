@@ -20,7 +20,7 @@ from resmoe_kernels.factored import FactoredExperts
 from resmoe_kernels.heuristics import Problem, decodes, tile_of
 
 FLOAT32 = 4  # bytes
-CHUNK = 128  # pairs of a program of routing_triton, which cannot be imported without triton
+CHUNK = 128  # pairs of a program of triton_kernels.routing, which cannot be imported without triton
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def layer_costs(weights: FactoredExperts, routing: Routing, problem: Problem, ta
     """Every launch of one call, in order; products of the vendor's library are called ``mm``.
 
     weights: may be on the meta device, but for ``group``, ``rank_offsets`` and ``row_offsets``
-    problem: of ``experts_triton.problem_of``; activations are counted with its ``itemsize``
+    problem: of ``triton_kernels.experts.problem_of``; activations are counted with its ``itemsize``
     """
     parts = {matrix: _Part.of(weights, matrix, routing) for matrix in ("gate_up", "down")}
     return (_decode if decodes(problem, target) else _prefill)(

@@ -1,7 +1,7 @@
 """Which kernels take a call, and tile sizes of Triton's: measured on a GPU where there is such a table, else reasoned.
 
 No kernel, no torch and no GPU is needed here: a choice is a function of numbers. ``tuned/<target>.json`` is written by
-``benchmarks/tune.py``; no such file is shipped before it was measured.
+``benchmarks/gpu/tune.py``; no such file is shipped before it was measured.
 """
 
 from __future__ import annotations
@@ -105,10 +105,10 @@ class Row:
 
 
 # What the persistent kernels can gain is launches: two, one of which clears their flags, where Triton needs four: in
-# benchmarks/projection.py 2 to 3 of the 15 to 70 microseconds of fine-grained experts. But their blocks wait for each
-# other through flags in memory, so a fault hangs a GPU instead of failing. A row is raised when its kernel has passed
-# `pytest -m gpu` on its target and was faster there (bench_experts.py, --backend cuda beside triton). Reasons say what
-# is projected for an H100 at the shapes of Mixtral, DeepSeek-V2-Lite, Qwen3 and OLMoE; that is no measurement.
+# benchmarks/gpu/projection.py 2 to 3 of the 15 to 70 microseconds of fine-grained experts. But their blocks wait for
+# each other through flags in memory, so a fault hangs a GPU instead of failing. A row is raised when its kernel has
+# passed `pytest -m gpu` on its target and was faster there (bench_experts.py, --backend cuda beside triton). Reasons
+# say what is projected for an H100 at the shapes of Mixtral, DeepSeek-V2-Lite, Qwen3 and OLMoE; that is no measurement.
 UNTRIED = "no GPU has run it, and a fault would hang one"
 CUDA_UP_TO = {
     # target, form

@@ -54,7 +54,7 @@ def interprets() -> bool:
     """Whether Triton's kernels run on the CPU, by its interpreter: TRITON_INTERPRET=1 when they are imported."""
     if "TRITON_INTERPRET" not in os.environ or importlib.util.find_spec("triton") is None:
         return False
-    from resmoe_kernels.launch_triton import INTERPRETED
+    from resmoe_kernels.triton_kernels.launch import INTERPRETED
 
     return INTERPRETED
 
@@ -157,7 +157,7 @@ def _explain_gpu(backend: str, form: FactoredExperts, activation: str, device: t
     """The backend that serves a layer, its target, and where both were free to take it, what decides."""
     if backend == "cuda":
         return f"cuda ({_sm_of(device)})"
-    from resmoe_kernels.launch_triton import target_of
+    from resmoe_kernels.triton_kernels.launch import target_of
 
     if _forced is not None or device.type != "cuda":
         return f"triton ({target_of(device)})"
@@ -179,7 +179,7 @@ def _sm_of(device: torch.device) -> str:
 
 def _declines(backend: str, form: FactoredExperts, activation: str, device: str, packed: bool) -> str | None:
     if backend == "triton":
-        from resmoe_kernels.experts_triton import declines as triton_declines
+        from resmoe_kernels.triton_kernels.experts import declines as triton_declines
 
         return _elsewhere(device, packed) or triton_declines(form, activation)
     if backend == "cuda":
@@ -306,8 +306,8 @@ def experts(
 
     CPU kernels read PackedExperts; FactoredExperts are packed for each call anew, which takes longer than the call.
     On GPUs, Triton kernels read FactoredExperts. What the kernels of a device do not serve (``packed.declines``,
-    ``experts_triton.declines``, float64 x) runs on the reference, and is logged once; so does everything on a GPU
-    where triton is not installed. Differentiable: the backward pass recomputes through the reference. Raises
+    ``triton_kernels.experts.declines``, float64 x) runs on the reference, and is logged once; so does everything on a
+    GPU where triton is not installed. Differentiable: the backward pass recomputes through the reference. Raises
     ValueError naming the tensor, the rule and what came, or what is not served by the backend that is forced.
     """
     if isinstance(weights, FactoredExperts):
@@ -575,7 +575,7 @@ def _experts_on_gpu(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest
         if (missing := _missing("triton")) is not None:
             _warn_once(f"resmoe_kernels: {missing}; layers on a GPU run on the slow reference")
             return _experts_impl(x, top_k_index, top_k_weights, *rest)
-        from resmoe_kernels.experts_triton import declines, experts
+        from resmoe_kernels.triton_kernels.experts import declines, experts
 
         reason = declines_call(x.dtype, activation) or declines(weights, activation)
         if reason is not None:

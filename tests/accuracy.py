@@ -11,7 +11,7 @@ A rounding error is about uniform within its half ulp, and that is u of a number
 mean of its square is u^2 / 6 of the number's. A weighted sum of such errors exceeds L spreads with a probability
 below 2 exp(-3 L^2) (Hoeffding's bound, with the variance for proxy, as uniform numbers allow): 4e-12 for LARGEST. Its
 root mean square is 0.41 spreads and, were every number at the bottom of its binade, 0.58; see ``rms_limit``.
-tests/fuzz_experts.py looks at both over thousands of layers.
+tests/kernels/fuzz_experts.py looks at both over thousands of layers.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
-import oracle
 import torch
-from oracle import Expert, Gate, float64
 from torch import Tensor
+
+from tests import oracle
+from tests.oracle import Expert, Gate, float64
 
 LARGEST = 3.0
 # Columns that a kernel sums in one register before it adds the sum to what it has; see csrc/cpu/kernels.inl.

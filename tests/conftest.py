@@ -11,19 +11,19 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from random_layer import random_layer
 
 import resmoe_kernels
 from resmoe_kernels.factored import FactoredExperts
+from tests.random_layer import random_layer
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
 
 # TRITON_INTERPRET=1: this process runs the Triton kernels on the CPU, and nothing else; see make interpret.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore = [] if INTERPRETED else ["test_triton_interpreter.py"]
+collect_ignore = [] if INTERPRETED else ["triton_kernels/test_triton_interpreter.py"]
 if INTERPRETED:
-    import interpreter
+    from tests.triton_kernels import interpreter
 
     interpreter.repair()
     torch.use_deterministic_algorithms(True)  # only so that torch.empty comes filled with NaN or the largest integer
@@ -95,7 +95,7 @@ def _backends() -> Iterator:
 def _running(backend: Backend) -> Iterator[Backend]:
     with pytest.MonkeyPatch.context() as patch, resmoe_kernels.backend(backend.name):
         if backend.prefill:
-            patch.setattr("resmoe_kernels.experts_triton.decodes", lambda problem, target: False)
+            patch.setattr("resmoe_kernels.triton_kernels.experts.decodes", lambda problem, target: False)
         yield backend
 
 

@@ -1,6 +1,6 @@
 """Every Mixture-of-Experts family of the installed transformers, compressed without loss: is it the same model?
 
-    python benchmarks/families/sweep.py [FAMILY ...] [--csv benchmarks/results/families.csv]
+    python -m benchmarks.families.sweep [FAMILY ...] [--csv benchmarks/results/families.csv]
 
 For each family a tiny random model is saved as a dense folder, and then
     disk     compressed at retain 1 and loaded, by every class that loads the dense folder whole
@@ -24,12 +24,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import tiny_models
 import torch
 import transformers
 from transformers import PreTrainedModel
 
 import resmoe_kernels as rk
+from benchmarks.families import tiny_models
 from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer
 
 # At full rank nothing is left out: what differs is float32 rounding, through three layers, relative to the outputs.
@@ -175,7 +175,7 @@ def table(rows: list[Row]) -> str:
         lines += ["| family | | reason |", "|---|---|---|"]
         lines += [f"| `{row.family}` | {row.status} | {row.reason.replace('|', ',')} |" for row in others]
         lines += [""]
-    lines += ["Made by `python benchmarks/families/sweep.py --csv benchmarks/results/families.csv`.", ""]
+    lines += ["Made by `python -m benchmarks.families.sweep --csv benchmarks/results/families.csv`.", ""]
     return "\n".join(lines)
 
 

@@ -25,7 +25,7 @@ class ExpertOutputs:
     The outputs themselves (S, E, H) are not kept. A change of routing weights by d changes the layer's output for
     a token by sum_e d_e f_e(x), whose square is d^T gram d: H / E times less to store and to read. With 1,024
     tokens, at DeepSeek-V2-Lite's sizes on one CPU core, a candidate takes 1.2 ms instead of 1.2 s for running the
-    layer, after 13 s that all experts take once (benchmarks/bench_genetic.py).
+    layer, after 13 s that all experts take once (benchmarks/compression/bench_genetic.py).
 
     gram: (S, E, E) float32, 4 S E^2 bytes: 1 MiB for 4,096 tokens of Mixtral, 64 MiB for 64 experts, 1 GiB for 256
     logits: (S, E) float32, the router's;  bias: (E,) float, see routing.select, or None

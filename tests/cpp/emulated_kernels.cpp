@@ -1,5 +1,5 @@
 // The CUDA ops on CPU tensors, for tests: csrc/bindings.cpp itself, on the emulation of CUDA and a CUDA
-// runtime made up here. tests/emulated_cuda.py builds it into a library of its own and defines
+// runtime made up here. tests/cuda/emulated_cuda.py builds it into a library of its own and defines
 // resmoe_emulated::low_rank_decode and block_sparse_decode.
 #include <dlfcn.h>
 #include <torch/csrc/stable/library.h>

@@ -1,0 +1,1 @@
+"""The scripts of benchmarks/: what they measure with, and what they report."""

@@ -1,0 +1,1 @@
+"""resmoe_kernels: the weight form, the ops and the backends, each against the oracle."""

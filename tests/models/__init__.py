@@ -1,0 +1,1 @@
+"""transformers: families, checkpoints, loading, routers."""

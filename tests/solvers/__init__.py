@@ -1,0 +1,1 @@
+"""Mathematics on tensors, each against something slower or exact."""
