@@ -220,7 +220,7 @@ def compiled() -> list[dict[str, str]] | str:
     objects = setup.compile_cuda(cuda)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         memory = Path(folder, "launch_memory")
-        source = ROOT / "benchmarks" / "launch_memory.cu"
+        source = ROOT / "benchmarks" / "gpu" / "launch_memory.cu"
         _run(cuda.nvcc, "-std=c++20", f"-arch=sm_{setup.OLDEST_GPU}", "-Icsrc", source, "-o", memory)
         for file in objects:
             _run(_tool("cuobjdump"), "-xelf", "all", Path(file).resolve(), cwd=folder)

@@ -224,7 +224,7 @@ def test_what_a_walk_takes_is_worked_out_by_the_code(tmp_path):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("needs nvcc")
-    program, source = tmp_path / "memory", REPO / "benchmarks" / "launch_memory.cu"
+    program, source = tmp_path / "memory", REPO / "benchmarks" / "gpu" / "launch_memory.cu"
     subprocess.run([nvcc, "-std=c++20", "-arch=sm_80", "-Icsrc", source, "-o", program], check=True, cwd=REPO)
     import torch
 

@@ -82,10 +82,12 @@ def test_the_make_targets_exist():
 
 def test_the_map_shows_what_is_there():
     (tree,) = re.findall(r"## Map\n\n(.*?)\n\n", README, re.DOTALL)
-    folders = re.findall(r"^    (\w+)/", tree, re.MULTILINE)
-    assert all((REPO / folder).is_dir() for folder in folders)
-    for file in re.findall(r"[\w/]+\.(?:py|cpp)\b", tree):
-        assert any((REPO / folder / file).exists() for folder in folders), file
+    parts = dict(re.findall(r"^    (\w+)/(.*?)(?=^    \w|\Z)", tree, re.MULTILINE | re.DOTALL))
+    for folder, text in parts.items():
+        for name in re.findall(r"\w+/|\w+\.(?:py|cpp|h)\b", text):
+            assert (REPO / folder / name).exists(), f"{folder}/{name}"
+    rooms = {path.parent.name for path in (REPO / "python_ops").glob("*/__init__.py")}
+    assert rooms <= set(re.findall(r"(\w+)/", parts["python_ops"]))
 
 
 def test_methods_said_to_be_here_are():
