@@ -66,7 +66,7 @@ def compress_command(
 @app.command("settings")
 def settings_command(method: Annotated[str, typer.Argument(help="resmoe, mc-smoe, moe-i2, xmoe")]) -> None:
     """List the settings of a method: their types and defaults."""
-    from resmoe_kernels.python_ops.methods import setting_defaults, setting_types
+    from resmoe_kernels.python_ops.methods.named import setting_defaults, setting_types
 
     table = Table("setting", "type", "default")
     for (name, kinds), default in zip(setting_types(method).items(), setting_defaults(method).values(), strict=True):
@@ -84,7 +84,7 @@ def method_settings(method: str, words: list[str]) -> dict[str, Any]:
 
     Raises ValueError for a name the method does not know, a value of another type, and a word that is neither.
     """
-    from resmoe_kernels.python_ops.methods import setting_types
+    from resmoe_kernels.python_ops.methods.named import setting_types
 
     types, settings, rest = setting_types(method), {}, list(words)
     while rest:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def measure(name: str, model: Any, tokens: torch.Tensor, arguments: argparse.Nam
         experts, scoring = dense.read(i), dense.scoring(i)
         outputs, fill = timed(
             lambda e=experts, s=sample, r=scoring, a=found.activation: expert_outputs(
-                e, s.sample_x, s.sample_logits, r, activation=a
+                e, s.sample_x, s.sample_logits, partial(select, scoring=r), activation=a
             )
         )
         sets = Sets(experts.num_experts, round(arguments.prune * experts.num_experts))
@@ -143,7 +144,7 @@ def run_layer(module: Any, outputs: ExpertOutputs, x: torch.Tensor, candidates: 
 
     def run(pruned: torch.Tensor | None) -> torch.Tensor:
         left = None if pruned is None else int((~pruned).sum())
-        weights, slots = select(outputs.logits, outputs.scoring, pruned=pruned, left=left)
+        weights, slots = outputs.route(outputs.logits, pruned=pruned, left=left)
         return module(x, slots, weights.to(x.dtype)).float()
 
     dense = run(None)

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import resmoe_kernels as rk
 from resmoe_kernels.python_ops.calibration.calibrate import windows
-from resmoe_kernels.python_ops.methods import method_named
+from resmoe_kernels.python_ops.methods.named import method_named
 from resmoe_kernels.python_ops.models.layouts import expert_nbytes, find_experts
 
 HELD_OUT_TOKENS = 4096

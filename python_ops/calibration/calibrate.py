@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from resmoe_kernels.python_ops.calibration.statistics import MOMENTS, LayerStatistics, Statistics
 from resmoe_kernels.python_ops.models.dense_model import DenseModel
+from resmoe_kernels.python_ops.models.text import encode, read_text
 from resmoe_kernels.python_ops.solvers.expert_outputs import expert_output, hidden_activations
-from resmoe_kernels.python_ops.tools.evaluate import encode, read_text
 
 WINDOW_CAP = 512  # MC-SMoE's
 DEFAULT_TOKENS = 65_536

@@ -18,11 +18,12 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from resmoe_kernels.python_ops.calibration.calibration_data import calibration_data
 from resmoe_kernels.python_ops.calibration.statistics import LayerStatistics
+from resmoe_kernels.python_ops.jobs.calibration_data import calibration_data
 from resmoe_kernels.python_ops.jobs.measured import read_measured, write_measured
 from resmoe_kernels.python_ops.jobs.workers import check_memory, check_workers, in_processes, on_ray
-from resmoe_kernels.python_ops.methods import Chain, Compressed, Method, method_named
+from resmoe_kernels.python_ops.methods.method import Chain, Compressed, Method
+from resmoe_kernels.python_ops.methods.named import method_named
 from resmoe_kernels.python_ops.models.checkpoint import (
     INDEX,
     SINGLE,

@@ -9,7 +9,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from resmoe_kernels.python_ops.calibration.statistics import Statistics
-from resmoe_kernels.python_ops.methods import method_named
+from resmoe_kernels.python_ops.methods.named import method_named
 from resmoe_kernels.python_ops.models.checkpoint import check_finite
 from resmoe_kernels.python_ops.models.dense_model import DenseModel
 from resmoe_kernels.python_ops.models.hf_quantizer import ResMoEConfig, ResMoEQuantizer, layer_spec, mark_as_factored

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from resmoe_kernels.factored import BLOCK_KEPT, MATRICES, DenseExperts, FactoredExperts
 from resmoe_kernels.python_ops.calibration.statistics import LayerStatistics, Statistics
-from resmoe_kernels.python_ops.methods import Compressed, check_known, relative, warn_if_not_smaller, weight_errors
+from resmoe_kernels.python_ops.methods.method import Compressed, check_known, warn_if_not_smaller, weight_errors
 from resmoe_kernels.python_ops.models.routing import RouterChange, fold, map_slots
-from resmoe_kernels.python_ops.solvers.align import Progress, split_design, squared_norm
+from resmoe_kernels.python_ops.solvers.align import Progress, relative, split_design, squared_norm
 from resmoe_kernels.python_ops.solvers.factorize import Residual, low_rank
 from resmoe_kernels.python_ops.solvers.merge import (
     SIMILARITIES,

@@ -8,6 +8,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from tqdm.auto import tqdm
 
 from resmoe_kernels.factored import MATRICES, DenseExperts, FactoredExperts
 from resmoe_kernels.python_ops.calibration.statistics import Statistics
-from resmoe_kernels.python_ops.methods import Compressed, check_known, warn_if_not_smaller, weight_errors
-from resmoe_kernels.python_ops.models.dense_model import DenseModel
+from resmoe_kernels.python_ops.methods.method import Compressed, check_known, warn_if_not_smaller, weight_errors
+from resmoe_kernels.python_ops.models.dense_model import DenseModel, Hidden
 from resmoe_kernels.python_ops.models.routers import correction_bias
-from resmoe_kernels.python_ops.models.routing import MASKED, RouterChange, Scoring
+from resmoe_kernels.python_ops.models.routing import MASKED, RouterChange, Scoring, select
 from resmoe_kernels.python_ops.solvers.align import Progress, squared_norm
 from resmoe_kernels.python_ops.solvers.apportion import Routed, prune_counts, shared_ranks
 from resmoe_kernels.python_ops.solvers.expert_outputs import ExpertOutputs, expert_outputs
@@ -241,7 +242,7 @@ def plan(
         ]
         counts = prune_counts(
             prune,
-            [Routed(layer.path, len(layer.importance), layer.outputs.scoring) for layer in layers],
+            [layer.routed() for layer in layers],
             [float(layer.importance.sum()) for layer in layers] if allocation == "importance" else None,
         )
         found = [
@@ -255,7 +256,7 @@ def plan(
             {
                 "pruned": _members(f.sets[c]),
                 "ranks": None if retain == 1 else _ranks(layer, _members(~f.sets[c]), retain, alpha),
-                "scoring": dataclasses.asdict(layer.outputs.scoring),
+                "scoring": dataclasses.asdict(layer.scoring),
                 "importance": layer.importance.tolist(),
                 "output_error": float(f.errors[c]) / (layer.outputs.norm() or 1.0),
                 "evaluations": f.evaluations,
@@ -270,9 +271,14 @@ class _Layer:
 
     number: int
     path: str
+    scoring: Scoring
     outputs: ExpertOutputs
     importance: Tensor
     sizes: dict[str, tuple[int, int]]
+
+    def routed(self) -> Routed:
+        router = self.scoring
+        return Routed(self.path, len(self.importance), router.top_k, router.groups, router.groups_kept)
 
 
 @torch.inference_mode()
@@ -281,15 +287,14 @@ def _survey(model: DenseModel, i: int, statistics: Statistics, masked: str, file
     sample = statistics.layers[found.path]
     with model.layer_in_memory(model.decoder_layer_of(i)):
         experts = found.read({name: p.detach() for name, p in found.module.named_parameters()})
-        bias = correction_bias(found.router(model.module))
+        scoring, bias = model.scoring(i), correction_bias(found.router(model.module))
+        bias = None if bias is None else bias.detach().float().cpu()
         outputs = expert_outputs(
             experts,
             sample.sample_x,
             sample.sample_logits,
-            model.scoring(i),
+            partial(select, scoring=scoring, masked=masked, bias=bias),
             activation=found.activation,
-            masked=masked,
-            bias=None if bias is None else bias.detach().float().cpu(),
             file=file,
         )
     importance = outputs.importance()
@@ -303,7 +308,7 @@ def _survey(model: DenseModel, i: int, statistics: Statistics, masked: str, file
             ", ".join(map(str, unused)),
         )
     sizes = {m: (getattr(experts, m).shape[1], getattr(experts, m).shape[2]) for m in MATRICES}
-    return _Layer(i, found.path, outputs, importance, sizes)
+    return _Layer(i, found.path, scoring, outputs, importance, sizes)
 
 
 # ---- which
@@ -313,7 +318,7 @@ def _search(
     layer: _Layer, count: int, kind: str, population: int, generations: int, candidates: int, seed: int
 ) -> Found:
     """Sets of the layer's experts. The search sees them by importance, so that it does not depend on their order."""
-    groups = layer.outputs.scoring.groups
+    groups = layer.scoring.groups
     of_groups = layer.importance.view(groups, -1)
     inside, between = of_groups.argsort(dim=1, stable=True), of_groups.sum(1).argsort(stable=True)
     order = (inside + torch.arange(groups).unsqueeze(1) * of_groups.shape[1])[between].flatten()
@@ -341,7 +346,7 @@ def _choose_by_blocks(
 ) -> list[int]:
     """Of every layer's sets the number of the one that goes best with its neighbours'."""
     changes = [
-        [_without(_members(row), len(row), layer.outputs.scoring, masked) for row in f.sets]
+        [_without(_members(row), len(row), layer.scoring, masked) for row in f.sets]
         for layer, f in zip(layers, found, strict=True)
     ]
     blocks = [range(start, min(start + block, len(layers))) for start in range(0, len(layers), block)]
@@ -356,10 +361,19 @@ def _choose_by_blocks(
             numbers = [layers[n].number for n in b]
             start = model.decoder_layer_of(numbers[0])
             hidden = model.run(hidden, reached, start)
-            together, hidden = best_together(model, hidden, numbers, [changes[n] for n in b], bar.update)
+            together, hidden = best_together(
+                partial(_through, model, numbers), hidden, [changes[n] for n in b], Hidden.distance, bar.update
+            )
             chosen[b.start : b.stop] = together
             reached = model.decoder_layer_of(numbers[-1]) + 1
     return chosen
+
+
+def _through(model: DenseModel, numbers: Sequence[int], hidden: Hidden, n: int, change: RouterChange | None) -> Hidden:
+    """From the decoder layer of the n-th experts to that of the next; behind the last, out of its own."""
+    start = model.decoder_layer_of(numbers[n])
+    stop = start + 1 if n + 1 == len(numbers) else model.decoder_layer_of(numbers[n + 1])
+    return model.run(hidden, start, stop, {} if change is None else {numbers[n]: change})
 
 
 def _without(pruned: Sequence[int], num_experts: int, scoring: Scoring, masked: str) -> RouterChange:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resmoe_kernels.factored import BLOCK_KEPT, FACTORIZATIONS, MATRICES, DenseExperts, FactoredExperts
-from resmoe_kernels.python_ops.methods import Compressed, check_known, warn_if_not_smaller, weight_errors
+from resmoe_kernels.python_ops.methods.method import Compressed, check_known, warn_if_not_smaller, weight_errors
 from resmoe_kernels.python_ops.solvers.align import (
     INITS,
     SOLVERS,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from resmoe_kernels.factored import DenseExperts, FactoredExperts
 from resmoe_kernels.python_ops.calibration.statistics import LayerStatistics, Statistics
-from resmoe_kernels.python_ops.methods import Compressed, check_known
+from resmoe_kernels.python_ops.methods.method import Compressed, check_known
 from resmoe_kernels.python_ops.models.layouts import DenseFFN, ExpertsModule, find_experts
 from resmoe_kernels.python_ops.models.routing import (
     RouterChange,

@@ -29,6 +29,12 @@ class Hidden:
     token_ids: list[Tensor]
     states: list[Tensor]
 
+    def distance(self, other: Hidden) -> float:
+        """||X - Y||_F of the states, summed in float64."""
+        pairs = zip(self.states, other.states, strict=True)
+        squares = [(a.float() - b.float()).square().sum(dtype=torch.float64) for a, b in pairs]
+        return float(torch.stack(squares).sum().sqrt())
+
 
 class DenseModel:
     """A transformers decoder with experts.

@@ -10,6 +10,7 @@ bias of down belongs to outputs, not to neurons. An expert is the same function 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -182,6 +183,11 @@ def mean_design(experts: DenseExperts, permutations: Tensor) -> Tensor:
 def squared_norm(matrix: Tensor) -> float:
     """The sum of squares of a (N, K) matrix: rows in its own dtype, their sum in float64."""
     return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
+
+
+def relative(lost: float, whole: float) -> float:
+    """sqrt(lost / whole) of two sums of squares: a relative error; 0 where there was nothing to lose."""
+    return math.sqrt(lost / whole) if whole else 0.0
 
 
 def _add(total: Tensor, design: Tensor, permutation: Tensor, factor: float = 1) -> None:

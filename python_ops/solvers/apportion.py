@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from resmoe_kernels.python_ops.models.routing import Scoring
 from resmoe_kernels.python_ops.solvers.factorize import RANK_BLOCK
 
 
@@ -41,20 +40,21 @@ def apportion(weights: Sequence[float], total: int, lowest: Sequence[int], highe
 
 
 class Routed(NamedTuple):
-    """The experts of a layer, as a router has them."""
+    """The experts of a layer, as a router has them: it chooses top_k, within groups_kept of its groups."""
 
     path: str
     num_experts: int
-    scoring: Scoring
+    top_k: int
+    groups: int = 1
+    groups_kept: int = 1
 
     @property
     def prunable(self) -> int:
         """How many may go: of a router's group 2 stay, which its score may need, and enough for top_k."""
-        scoring = self.scoring
-        if scoring.groups == 1:
-            return self.num_experts - scoring.top_k
-        kept = max(2, -(-scoring.top_k // scoring.groups_kept))
-        return max(0, self.num_experts - kept * scoring.groups)
+        if self.groups == 1:
+            return self.num_experts - self.top_k
+        kept = max(2, -(-self.top_k // self.groups_kept))
+        return max(0, self.num_experts - kept * self.groups)
 
 
 def prune_counts(prune: float, layers: Sequence[Routed], importance: Sequence[float] | None = None) -> list[int]:
@@ -63,7 +63,7 @@ def prune_counts(prune: float, layers: Sequence[Routed], importance: Sequence[fl
     importance: of each layer, None for equal ones.  Of routers with groups, multiples of their number.
     Raises ValueError where the layers cannot lose that many.
     """
-    unit = math.lcm(*(layer.scoring.groups for layer in layers))
+    unit = math.lcm(*(layer.groups for layer in layers))
     total = int(prune * sum(layer.num_experts for layer in layers) / unit + 1e-9)
     most = [layer.prunable // unit for layer in layers]
     if total > sum(most):
@@ -71,7 +71,7 @@ def prune_counts(prune: float, layers: Sequence[Routed], importance: Sequence[fl
         raise ValueError(
             f"prune: {prune} of the experts is {total * unit}, and no more than {sum(most) * unit} can go: "
             f"{least.path}, for one, must keep {least.num_experts - least.prunable} of {least.num_experts} "
-            f"for its router to choose {least.scoring.top_k}; lower prune"
+            f"for its router to choose {least.top_k}; lower prune"
         )
     known = max(importance or [1.0])
     weights = [1.0] * len(layers) if importance is None else [1 / max(i, 1e-9 * known or 1.0) for i in importance]

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from resmoe_kernels.factored import BLOCK_KEPT, MATRICES, DenseExperts, FactoredExperts
-from resmoe_kernels.python_ops.methods import relative
-from resmoe_kernels.python_ops.solvers.align import squared_norm
+from resmoe_kernels.python_ops.solvers.align import relative, squared_norm
 from resmoe_kernels.python_ops.solvers.budgets import buy_blocks
 from resmoe_kernels.python_ops.solvers.factorize import RANK_BLOCK, Residual, block_energies, low_rank_at, offered_rank
 from resmoe_kernels.python_ops.solvers.prune import bitmap, block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +11,13 @@ from torch import Tensor
 
 from resmoe_kernels.activations import activate
 from resmoe_kernels.factored import DenseExperts
-from resmoe_kernels.python_ops.models.routing import Scoring, select
 
 _OUTPUT_BYTES = 1 << 30  # of the outputs alive at a time while inner products are taken
 _CHANGE_ELEMENTS = 1 << 23  # of the routing weights alive at a time, several float32 tensors of this size
+
+# logits (..., T, E), pruned=(..., 1, E) bool or None, left=experts that are not or None
+#   -> weights (..., T, k) float32, slots (..., T, k) int64, -1 where unused
+Route = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,15 +32,12 @@ class ExpertOutputs:
     layer, after 13 s that all experts take once (benchmarks/compression/bench_genetic.py).
 
     gram: (S, E, E) float32, 4 S E^2 bytes: 1 MiB for 4,096 tokens of Mixtral, 64 MiB for 64 experts, 1 GiB for 256
-    logits: (S, E) float32, the router's;  bias: (E,) float, see routing.select, or None
-    masked: what the router does without the pruned, see RouterChange
+    logits: (S, E) float32, the router's;  route: how it chooses among the rest
     """
 
     gram: Tensor
     logits: Tensor
-    scoring: Scoring
-    masked: str = "before"
-    bias: Tensor | None = None
+    route: Route
 
     @property
     def num_experts(self) -> int:
@@ -80,7 +81,7 @@ class ExpertOutputs:
     def _weights(self, logits: Tensor, pruned: Tensor | None = None, left: int | None = None) -> Tensor:
         """(..., E) float32, the routing weights of all experts, 0 for those not chosen."""
         given = None if pruned is None else pruned.unsqueeze(1)
-        weights, slots = select(logits, self.scoring, pruned=given, left=left, masked=self.masked, bias=self.bias)
+        weights, slots = self.route(logits, pruned=given, left=left)
         # An unused slot, -1, has weight 0, which is added to the first.
         return torch.zeros_like(logits).scatter_add(-1, slots.clamp_min(0), weights)
 
@@ -89,17 +90,15 @@ def expert_outputs(
     experts: DenseExperts,
     x: Tensor,
     logits: Tensor,
-    scoring: Scoring,
+    route: Route,
     *,
     activation: str = "silu",
-    masked: str = "before",
-    bias: Tensor | None = None,
     file: Path | None = None,
 ) -> ExpertOutputs:
     """Runs every expert on all tokens, in float32.
 
-    x: (S, H) float;  logits: (S, E) float, the router's;  scoring, bias: the router's, see routing.select
-    activation: a name of resmoe_kernels.activations;  masked: see RouterChange
+    x: (S, H) float;  logits: (S, E) float, the router's;  route: how it chooses, see ``Route``
+    activation: a name of resmoe_kernels.activations
     file: where the inner products lie, mapped into memory, instead of in memory; made here, S E^2 float32
     Memory beside them: 1 GiB of outputs, and one expert in float32.
     """
@@ -115,7 +114,7 @@ def expert_outputs(
         hidden = (hidden_activations(experts, e, there, activation) for e in range(count))
         outputs = torch.stack([expert_output(experts, e, h) for e, h in enumerate(hidden)], dim=1)
         into.copy_(outputs @ outputs.transpose(1, 2))
-    return ExpertOutputs(gram, logits.float(), scoring, masked, bias)
+    return ExpertOutputs(gram, logits.float(), route)
 
 
 def hidden_activations(experts: DenseExperts, e: int, x: Tensor, activation: str) -> Tensor:

@@ -8,17 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from resmoe_kernels.factored import DenseExperts
-from resmoe_kernels.python_ops.calibration.statistics import LayerStatistics
 from resmoe_kernels.python_ops.solvers.align import Progress, design_matrix, squared_norm
 from resmoe_kernels.python_ops.solvers.assignment import assign
 
 SIMILARITIES = ("router-logits", "weights", "outputs")
+
+
+class Used(Protocol):
+    """How a layer's E experts were used on calibration tokens.
+
+    count: (E,) tokens of each;  probability: (E,) the router's, summed over tokens;  logit_gram: (E, E) inner products
+    of the columns of its logits;  output: (E, H) sum of each expert's outputs
+    """
+
+    @property
+    def count(self) -> Tensor: ...
+    @property
+    def probability(self) -> Tensor: ...
+    @property
+    def logit_gram(self) -> Tensor: ...
+    @property
+    def output(self) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +59,7 @@ class Grouping:
         return [e for e, own in enumerate(self.group) if own == g]
 
 
-def dominant_experts(layers: Sequence[LayerStatistics], total: int) -> list[list[int]]:
+def dominant_experts(layers: Sequence[Used], total: int) -> list[list[int]]:
     """The ``total`` experts most used beside the best of their own layer, at least one of each layer.
 
         u_le = count_le / max_e count_le
@@ -68,7 +85,7 @@ def dominant_experts(layers: Sequence[LayerStatistics], total: int) -> list[list
 
 def grouping(
     experts: DenseExperts,
-    statistics: LayerStatistics,
+    statistics: Used,
     dominants: Sequence[int],
     *,
     similarity: str = "router-logits",
@@ -100,7 +117,7 @@ def grouping(
 
 def similarities(
     experts: DenseExperts,
-    statistics: LayerStatistics,
+    statistics: Used,
     dominants: Sequence[int],
     similarity: str,
     align: bool = True,

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from resmoe_kernels.python_ops.calibration.usage import count_usage
+from resmoe_kernels.python_ops.models.text import encode, read_text
 from resmoe_kernels.python_ops.tools.divergence import Divergence
 from resmoe_kernels.python_ops.tools.kept_logits import KeptLogits, LogitsWriter, described
 
@@ -323,20 +324,6 @@ def _row(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, wi
     if scored > window:
         raise ValueError(f"{where}: the continuation is {scored} tokens long, more than the window of {window}")
     return _Row(tokens[-(window + 1) :], scored)
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # Not verbose: the tokenizer would warn of a text longer than the model, which is what windows are for.
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def read_text(path: Path | str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: must be UTF-8 text, byte {error.start} is not") from error
 
 
 def _lines(path: Path | str) -> list[str]:

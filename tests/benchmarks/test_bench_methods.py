@@ -7,7 +7,7 @@ import torch
 
 import resmoe_kernels as rk
 from benchmarks.quality import bench_methods, plot_methods
-from resmoe_kernels.python_ops.methods import method_named
+from resmoe_kernels.python_ops.methods.named import method_named
 from tests import families
 from tests.conftest import REPO
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import resmoe_kernels as rk
 from resmoe_kernels.python_ops.cli import app, inspect_checkpoint
-from resmoe_kernels.python_ops.methods import setting_types
+from resmoe_kernels.python_ops.methods.named import setting_types
 
 REPO = Path(__file__).parents[2]
 README = (REPO / "README.md").read_text()
@@ -91,7 +91,7 @@ def test_the_map_shows_what_is_there():
 
 
 def test_methods_said_to_be_here_are():
-    from resmoe_kernels.python_ops.methods import METHODS
+    from resmoe_kernels.python_ops.methods.named import METHODS
 
     rows = re.findall(r"^\| `([\w-]+)` \|.*\| (yes|not yet) \|$", README, re.MULTILINE)
     assert {name for name, here in rows if here == "yes"} == set(METHODS)

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import resmoe_kernels as rk
-from resmoe_kernels.python_ops.calibration import calibration_data as module
 from resmoe_kernels.python_ops.calibration.statistics import Statistics
 from resmoe_kernels.python_ops.cli import inspect_checkpoint
+from resmoe_kernels.python_ops.jobs import calibration_data as module
 from resmoe_kernels.python_ops.models.routing import RouterChange
 
 TOKENS = 2048

@@ -14,8 +14,8 @@ import resmoe_kernels as rk
 from resmoe_kernels.factored import MATRICES, DenseExperts
 from resmoe_kernels.python_ops.calibration.calibrate import collect
 from resmoe_kernels.python_ops.calibration.statistics import LayerStatistics
-from resmoe_kernels.python_ops.methods import method_named
 from resmoe_kernels.python_ops.methods.mc_smoe import check_settings, mc_smoe, plan
+from resmoe_kernels.python_ops.methods.named import method_named
 from resmoe_kernels.python_ops.models.dense_model import DenseModel
 from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer
 from resmoe_kernels.python_ops.solvers.merge import dominant_experts, grouping, similarities

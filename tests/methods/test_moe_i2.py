@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,12 @@ from resmoe_kernels.factored import MATRICES, DenseExperts
 from resmoe_kernels.python_ops.calibration.calibrate import collect
 from resmoe_kernels.python_ops.jobs.compress import compress
 from resmoe_kernels.python_ops.jobs.swap import swap_experts
-from resmoe_kernels.python_ops.methods import method_named
 from resmoe_kernels.python_ops.methods import moe_i2 as method_module
 from resmoe_kernels.python_ops.methods.moe_i2 import moe_i2
-from resmoe_kernels.python_ops.models.dense_model import DenseModel
+from resmoe_kernels.python_ops.methods.named import method_named
+from resmoe_kernels.python_ops.models.dense_model import DenseModel, Hidden
 from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer
-from resmoe_kernels.python_ops.models.routing import RouterChange, Scoring
+from resmoe_kernels.python_ops.models.routing import RouterChange, Scoring, select
 from resmoe_kernels.python_ops.solvers import expert_outputs as expert_outputs_module
 from resmoe_kernels.python_ops.solvers.expert_outputs import expert_outputs
 from resmoe_kernels.python_ops.solvers.factorize import low_rank_at
@@ -121,7 +122,7 @@ def test_change_is_that_of_the_layer_written_out(router, masked):
     experts, generator = make_experts(), torch.Generator().manual_seed(1)
     x, logits = torch.randn(17, 20, generator=generator), torch.randn(17, 6, generator=generator)
     given = None if bias is None else torch.tensor(bias)
-    outputs = expert_outputs(experts, x, logits, scoring, masked=masked, bias=given)
+    outputs = expert_outputs(experts, x, logits, partial(select, scoring=scoring, masked=masked, bias=given))
     dense = layer_output(experts, x, logits, scoring, bias=bias)
     assert outputs.norm() == pytest.approx(float(dense.norm()), rel=1e-5)
     sets = [(), (0,), (5,), (1, 4), (0, 3)]  # of different sizes, in every group of 3 and in both of 2
@@ -138,7 +139,7 @@ def test_change_is_that_of_the_layer_written_out(router, masked):
 def test_experts_of_every_form_are_run(gated, bias):
     experts = make_experts(gated=gated, bias=bias, dtype=torch.bfloat16)
     x, logits = torch.randn(9, 20).bfloat16(), torch.randn(9, 6)
-    outputs = expert_outputs(experts, x, logits, Scoring(2))
+    outputs = expert_outputs(experts, x, logits, partial(select, scoring=Scoring(2)))
     dense, without = (layer_output(experts, x, logits, Scoring(2), pruned) for pruned in ((), (1, 2)))
     assert float(outputs.change(masks(6, (1, 2)))) == pytest.approx(float((dense - without).norm()), rel=1e-4)
 
@@ -150,20 +151,21 @@ def test_a_token_uses_fewer_experts_where_its_group_has_fewer_left(masked):
     x, logits = torch.randn(15, 20, generator=generator), torch.randn(15, 6, generator=generator)
     dense, without = (layer_output(experts, x, logits, scoring, pruned, masked) for pruned in ((), (0,)))
     assert any(len(route(row, scoring, {0}, masked, None)) == 1 for row in logits.tolist())
-    outputs = expert_outputs(experts, x, logits, scoring, masked=masked)
+    outputs = expert_outputs(experts, x, logits, partial(select, scoring=scoring, masked=masked))
     assert float(outputs.change(masks(6, (0,)))) == pytest.approx(float((dense - without).norm()), rel=1e-4)
 
 
 def test_an_expert_no_token_uses_changes_nothing():
     logits = torch.randn(40, 6)
     logits[:, 3] = -50
-    outputs = expert_outputs(make_experts(), torch.randn(40, 20), logits, Scoring(2, normalised=True))
+    routed = partial(select, scoring=Scoring(2, normalised=True))
+    outputs = expert_outputs(make_experts(), torch.randn(40, 20), logits, routed)
     importance = outputs.importance()
     assert importance[3] == 0 and bool((importance[[0, 1, 2, 4, 5]] > 0).all())
 
 
 def test_tokens_in_pieces_and_a_file_change_nothing(tmp_path, monkeypatch):
-    arguments = (make_experts(), torch.randn(23, 20), torch.randn(23, 6), Scoring(2))
+    arguments = (make_experts(), torch.randn(23, 20), torch.randn(23, 6), partial(select, scoring=Scoring(2)))
     rows = masks(6, (0,), (1,), (5,))
     whole = expert_outputs(*arguments).change(rows)
     monkeypatch.setattr(expert_outputs_module, "_OUTPUT_BYTES", 4 * 6 * 20 * 5)  # 5 tokens
@@ -414,7 +416,8 @@ def test_the_combination_of_a_block_is_the_best_of_all():
     assert expected != [0, 0, 0] and len(set(errors.values())) == 12
     dense = DenseModel(model)
     said = []
-    chosen, leaving = best_together(dense, dense.embed(tokens()), block, candidates, lambda: said.append(1))
+    through = partial(method_module._through, dense, block)
+    chosen, leaving = best_together(through, dense.embed(tokens()), candidates, Hidden.distance, lambda: said.append(1))
     assert chosen == expected
     assert len(said) == runs(candidates) == 3 + 6 + 12
     direct = dense.run(dense.embed(tokens()), 0, 4)
@@ -431,15 +434,16 @@ def test_blocks_choose_among_the_best_of_every_layer(monkeypatch):
         assert one["output_error"] <= other["output_error"]
     blocks = []
 
-    def noted(model, hidden, block, candidates, progress):
-        blocks.append(([len(c) for c in candidates], list(block)))
-        direct = model.run(model.embed(statistics.token_ids), 0, block[0])
+    def noted(advance, hidden, candidates, *rest):
+        dense = DenseModel(model)
+        direct = dense.run(dense.embed(statistics.token_ids), 0, sum(map(len, blocks)))  # the block's first layer
         assert torch.equal(torch.cat(hidden.states), torch.cat(direct.states))
-        return best_together(model, hidden, block, candidates, progress)
+        blocks.append([len(c) for c in candidates])
+        return best_together(advance, hidden, candidates, *rest)
 
     monkeypatch.setattr(method_module, "best_together", noted)
     planned(model, statistics, block=2, candidates=2)
-    assert blocks == [([2, 2], [0, 1]), ([2, 2], [2, 3])]
+    assert blocks == [[2, 2], [2, 2]]
 
 
 # ---- one layer

@@ -24,7 +24,7 @@ from resmoe_kernels.factored import DenseExperts
 from resmoe_kernels.python_ops.calibration.calibrate import collect
 from resmoe_kernels.python_ops.calibration.statistics import LayerStatistics
 from resmoe_kernels.python_ops.calibration.usage import count_usage
-from resmoe_kernels.python_ops.methods import setting_defaults
+from resmoe_kernels.python_ops.methods.named import setting_defaults
 from resmoe_kernels.python_ops.methods.xmoe import find, mass_for, needs_statistics, xmoe
 from resmoe_kernels.python_ops.models.dense_model import DenseModel
 from resmoe_kernels.python_ops.models.layer import DenseFFNLayer, FactoredExpertsLayer

@@ -1,13 +1,11 @@
 """Budgets in whole numbers: sums kept, bounds kept, in proportion as far as they allow."""
 
-import dataclasses
 import itertools
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resmoe_kernels.python_ops.models.routing import Scoring
 from resmoe_kernels.python_ops.solvers.apportion import Routed, apportion, prune_counts, shared_ranks
 
 POSITIVE = st.floats(1e-3, 1e3)
@@ -49,8 +47,8 @@ def test_apportion_refuses_what_cannot_be():
         apportion([1, 1], 8, [1, 1], [3, 4])
 
 
-def layers_of(*experts, scoring=None):
-    return [Routed(f"layers.{i}.experts", e, scoring or Scoring(2)) for i, e in enumerate(experts)]
+def layers_of(*experts, top_k=2, groups=1):
+    return [Routed(f"layers.{i}.experts", e, top_k, groups) for i, e in enumerate(experts)]
 
 
 def test_layers_that_matter_more_lose_less():
@@ -71,8 +69,8 @@ def test_layers_that_matter_more_lose_less():
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_no_layer_loses_what_its_router_needs(layers, top_k, prune, groups):
     width = [max(w, 2) for w, _ in layers]
-    scoring = Scoring(min(top_k, *width), groups=groups, groups_kept=1)
-    routed = layers_of(*(groups * w for w in width), scoring=scoring)
+    top_k = min(top_k, *width)
+    routed = layers_of(*(groups * w for w in width), top_k=top_k, groups=groups)
     try:
         counts = prune_counts(prune, routed, [i for _, i in layers])
     except ValueError:
@@ -82,7 +80,7 @@ def test_no_layer_loses_what_its_router_needs(layers, top_k, prune, groups):
     for r, count in zip(routed, counts, strict=True):
         assert count % groups == 0
         kept_per_group = (r.num_experts - count) // groups
-        assert kept_per_group >= (scoring.top_k if groups == 1 else max(2, scoring.top_k))
+        assert kept_per_group >= (top_k if groups == 1 else max(2, top_k))
 
 
 def test_a_budget_below_top_k_is_refused():
@@ -95,10 +93,9 @@ def test_a_budget_below_top_k_is_refused():
 
 
 def test_groups_keep_two_experts_and_enough_for_top_k():
-    grouped = Scoring(6, groups=4, groups_kept=2)
-    assert Routed("x", 32, grouped).prunable == 32 - 4 * 3
-    assert Routed("x", 32, dataclasses.replace(grouped, top_k=1)).prunable == 32 - 4 * 2
-    assert Routed("x", 4, grouped).prunable == 0
+    assert Routed("x", 32, 6, groups=4, groups_kept=2).prunable == 32 - 4 * 3
+    assert Routed("x", 32, 1, groups=4, groups_kept=2).prunable == 32 - 4 * 2
+    assert Routed("x", 4, 6, groups=4, groups_kept=2).prunable == 0
 
 
 @given(st.lists(POSITIVE, min_size=1, max_size=8), st.integers(1, 300), st.integers(1, 300), st.floats(0.01, 1))

@@ -18,7 +18,7 @@ from benchmarks.quality import bench_budgets
 from resmoe_kernels.factored import MATRICES, DenseExperts
 from resmoe_kernels.python_ops.calibration.statistics import Statistics
 from resmoe_kernels.python_ops.cli import inspect_checkpoint
-from resmoe_kernels.python_ops.methods import method_named
+from resmoe_kernels.python_ops.methods.named import method_named
 from resmoe_kernels.python_ops.methods.resmoe import resmoe
 from resmoe_kernels.python_ops.solvers.budgets import BUDGETS, Curves, allot, buy_blocks, weights_of_errors
 from tests import families

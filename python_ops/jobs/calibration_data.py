@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resmoe_kernels.python_ops.calibration.calibrate import DEFAULT_TOKENS, check_moments, collect, origin_of, windows
 from resmoe_kernels.python_ops.calibration.statistics import MOMENTS, Statistics
-from resmoe_kernels.python_ops.methods import Chain, Method
+from resmoe_kernels.python_ops.methods.method import Chain, Method
 from resmoe_kernels.python_ops.models.dense_model import DenseModel
 
 _log = logging.getLogger("resmoe_kernels")
