@@ -289,23 +289,28 @@ struct FormArguments {
                  u_down = next.tensor(), v_down = next.tensor(), rank_offsets_down = next.tensor(),
                  mask_gate_up = next.tensor(), values_gate_up = next.tensor(),
                  row_offsets_gate_up = next.tensor(), mask_down = next.tensor(), values_down = next.tensor(),
-                 row_offsets_down = next.tensor(), bias_gate_up = next.tensor(), bias_down = next.tensor();
+                 row_offsets_down = next.tensor(), bias_gate_up = next.tensor(), bias_down = next.tensor(),
+                 scales_base_gate_up = next.tensor(), scales_base_down = next.tensor(),
+                 scales_u_gate_up = next.tensor(), scales_v_gate_up = next.tensor(),
+                 scales_u_down = next.tensor(), scales_v_down = next.tensor(),
+                 scales_values_gate_up = next.tensor(), scales_values_down = next.tensor();
   int64_t num_experts = next.take<int64_t>(), hidden_size = next.take<int64_t>(),
           intermediate_size = next.take<int64_t>();
   bool gated = next.take<bool>();
-  StringHandle factorization = next.take<StringHandle>();
+  StringHandle factorization = next.take<StringHandle>(), payloads = next.take<StringHandle>();
 };
-constexpr uint64_t kFormArguments = 17 + 3 + 1 + 1;
+constexpr uint64_t kFormArguments = 25 + 3 + 1 + 2;
 
 // The same as addresses. Refuses arguments that do not fit each other, or a GPU's kernels.
 Factored<const void> form_of(const char* op, const FormArguments& a,
                              std::optional<int32_t> gpu = std::nullopt) {
-  const std::string factorization = taken(a.factorization);
+  const std::string factorization = taken(a.factorization), payloads = taken(a.payloads);
   if (a.num_experts < 1 || a.hidden_size < 1 || a.intermediate_size < 1)
     refuse(op, ": num_experts, hidden_size and intermediate_size must be at least 1, got ", a.num_experts,
            ", ", a.hidden_size, " and ", a.intermediate_size);
   if (factorization != "stacked")
     refuse(op, ": factorization must be 'stacked', got '", factorization, "'; the reference runs the others");
+  if (!payloads.empty()) refuse(op, ": payloads must be '', got '", payloads, "'; the reference runs codes");
   const OptionalTensor* floats[] = {&a.base_gate_up, &a.base_down, &a.u_gate_up,      &a.v_gate_up,
                                     &a.u_down,       &a.v_down,    &a.values_gate_up, &a.values_down,
                                     &a.bias_gate_up, &a.bias_down};
@@ -423,7 +428,9 @@ std::tuple<std::vector<Tensor>, std::vector<int64_t>, std::vector<int64_t>> unpa
     if (from.bias != nullptr) f.bias = make(down ? 16 : 15, {to.experts, rows}, dtype);
   }
   resmoe::unpack(packed.const_data_ptr(), to, parallel_for);
-  return {tensors, arguments, {to.experts, to.hidden, to.intermediate, to.gated ? 1 : 0}};
+  std::vector<int64_t> numbers{to.experts, to.hidden, to.intermediate, to.gated ? 1 : 0};
+  numbers.resize(numbers.size() + 2 * 8);  // bits and group of what can be codes: all are floats
+  return {tensors, arguments, numbers};
 }
 
 // ---- the expert layer

@@ -53,6 +53,8 @@ def declines_layer(weights: FactoredExperts, dtype: torch.dtype, activation: str
     low_rank = any(getattr(weights, f"u_{m}") is not None for m in MATRICES)
     if weights.factorization != "stacked":
         return f"factorization {weights.factorization!r}"
+    if (declined := weights.declined_payload()) is not None:
+        return declined
     if any(getattr(weights, f"bias_{m}") is not None for m in MATRICES):
         return "biases"
     if any(sparse) and (low_rank or not all(sparse)):

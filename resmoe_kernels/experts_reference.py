@@ -50,7 +50,7 @@ def experts(
         group_tokens, row_of = torch.cat(token_of).unique(return_inverse=True)
         rows = row_of.split([len(p) for p in pairs])
 
-        shared = _base_product(weights.base_gate_up, group, x[group_tokens])
+        shared = _base_product(weights, "gate_up", group, x[group_tokens])
         weighted_h = x.new_zeros(len(group_tokens), weights.intermediate_size)
         for e, pair, token, row in zip(members, pairs, token_of, rows, strict=True):
             z = _residual_product(weights, "gate_up", e, x[token])
@@ -64,7 +64,7 @@ def experts(
             if weights.bias_down is not None:
                 y = y + pair_weight[pair] * weights.bias_down[e].to(compute)
             output.index_add_(0, token, y)
-        shared = _base_product(weights.base_down, group, weighted_h)
+        shared = _base_product(weights, "down", group, weighted_h)
         if shared is not None:
             output.index_add_(0, group_tokens, shared)
     return output.to(dtype)
@@ -78,11 +78,11 @@ def _experts_by_group(weights: FactoredExperts, hit: list[int]) -> dict[int, lis
     return members
 
 
-def _base_product(base: Tensor | None, group: int, x: Tensor) -> Tensor | None:
+def _base_product(weights: FactoredExperts, matrix: str, group: int, x: Tensor) -> Tensor | None:
     """x (rows, K) -> x base[group]^T (rows, N); None where the group has no base."""
-    if base is None or group < 0:
+    if weights.group is None or group < 0:
         return None
-    return x @ base[group].to(x.dtype).T
+    return x @ weights.read(f"base_{matrix}", group, x.dtype).T
 
 
 def _residual_product(weights: FactoredExperts, matrix: str, e: int, x: Tensor) -> Tensor:
@@ -92,22 +92,22 @@ def _residual_product(weights: FactoredExperts, matrix: str, e: int, x: Tensor) 
     offsets = weights.low_rank_offsets(matrix)
     if offsets is not None:
         y = y + _low_rank_product(weights, matrix, slice(int(offsets[e]), int(offsets[e + 1])), x)
-    sparse = weights.sparse_rows(matrix, e)
+    sparse = weights.sparse_rows(matrix, e, x.dtype)
     if sparse is not None:
         y = y + x @ expand_sparse(*sparse, columns).to(x.dtype).T
+    if weights.has_full(matrix):
+        y = y + x @ weights.read(f"values_{matrix}", e, x.dtype).T
     return y
 
 
 def _low_rank_product(weights: FactoredExperts, matrix: str, own: slice, x: Tensor) -> Tensor:
-    u, v = getattr(weights, f"u_{matrix}"), getattr(weights, f"v_{matrix}")
-    u = u[own].to(x.dtype)
+    u = weights.read(f"u_{matrix}", own, x.dtype)
     if weights.factorization == "joint":
-        assert weights.u_gate_up is not None
         if matrix == "down":
-            return (x @ weights.u_gate_up[own].to(x.dtype).T) @ u
-        halves = v[own].to(x.dtype).split(weights.hidden_size, dim=1)
+            return (x @ weights.read("u_gate_up", own, x.dtype).T) @ u
+        halves = weights.read("v_gate_up", own, x.dtype).split(weights.hidden_size, dim=1)
         return torch.cat([(x @ half.T) @ u for half in halves], dim=1)
-    v = v[own].to(x.dtype)
+    v = weights.read(f"v_{matrix}", own, x.dtype)
     if weights.factorization == "separate" and matrix == "gate_up" and weights.gated:
         half = u.shape[0] // 2
         return torch.cat([(x @ v[:half].T) @ u[:half], (x @ v[half:].T) @ u[half:]], dim=1)

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from resmoe_kernels.activations import POINTWISE, check_activation
-from resmoe_kernels.factored import SIZE_NAMES, TENSOR_NAMES, FactoredExperts
+from resmoe_kernels.factored import CODED, SIZE_NAMES, SIZE_TYPES, TENSOR_NAMES, FactoredExperts
 from resmoe_kernels.heuristics import cuda_up_to
+from resmoe_kernels.parts import payloads_text
+from resmoe_kernels.payload import Payload
 from resmoe_kernels.sparse import BLOCK, expand_sparse_reference
 
 if TYPE_CHECKING:
@@ -185,9 +187,9 @@ def _declines(backend: str, form: FactoredExperts, activation: str, device: str,
     if backend == "cuda":
         from resmoe_kernels.experts_cuda import declines_layer
 
-        dtypes = [t.dtype for t in form.tensors().values() if t.is_floating_point()]
+        dtypes = form.dtypes()
         here = None if device == "cuda" else f"tensors on {device}"
-        return here or declines_layer(form, dtypes[0], activation)
+        return here or declines_layer(form, next(iter(dtypes), torch.bfloat16), activation)
     from resmoe_kernels.packed import declines
 
     return declines(form, activation)
@@ -379,9 +381,8 @@ def _experts_impl(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest) 
         return reference(x, top_k_index, top_k_weights, _unflatten(flat), activation)
 
 
-_WEIGHTS_ARGUMENTS = (
-    "".join(f"Tensor? {name}, " for name in TENSOR_NAMES)
-    + "int num_experts, int hidden_size, int intermediate_size, bool gated, str factorization"
+_WEIGHTS_ARGUMENTS = ", ".join(
+    [f"Tensor? {name}" for name in TENSOR_NAMES] + [f"{kind} {name}" for name, kind in SIZE_TYPES.items()]
 )
 _EXPERTS_ARGUMENTS = f"Tensor x, Tensor top_k_index, Tensor top_k_weights, {_WEIGHTS_ARGUMENTS}, str activation"
 _define("experts", f"({_EXPERTS_ARGUMENTS}) -> Tensor", _experts_impl, _experts_fake)
@@ -438,6 +439,7 @@ _differentiable("experts")
 # ---- packed: one block of memory that compiled kernels read, see csrc/packed.h
 
 _lib.define(f"pack({_WEIGHTS_ARGUMENTS}) -> Tensor")
+# sizes: E, H, I, gated, then bits and group of each of CODED, 0 and 0 where it is floats
 _lib.define("unpack(Tensor packed) -> (Tensor[] tensors, int[] arguments_of_pack, int[] sizes)")
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of x, and of weights
 
@@ -455,8 +457,12 @@ def unpack(packed: Tensor) -> FactoredExperts:
     """The inverse of ``pack``, bit by bit."""
     tensors, arguments, sizes = torch.ops.resmoe.unpack(packed)
     named = dict(zip([TENSOR_NAMES[i] for i in arguments], tensors, strict=True))
-    E, H, inner, gated = sizes
-    return FactoredExperts.from_tensors(named, num_experts=E, hidden_size=H, intermediate_size=inner, gated=bool(gated))
+    (E, H, inner, gated), stored = sizes[:4], sizes[4:]
+    codes = zip(CODED, zip(stored[::2], stored[1::2], strict=True), strict=True)
+    payloads = payloads_text({name: Payload(bits, group) for name, (bits, group) in codes if bits})
+    return FactoredExperts.from_tensors(
+        named, num_experts=E, hidden_size=H, intermediate_size=inner, gated=bool(gated), payloads=payloads
+    )
 
 
 def experts_packed(

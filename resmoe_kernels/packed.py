@@ -53,7 +53,9 @@ def declines(weights: FactoredExperts, activation: str = "silu") -> str | None:
     """What of a layer the CPU kernels do not serve, None if they serve it all. Reads no contents."""
     if weights.factorization != "stacked":
         return f"factorization {weights.factorization!r}"
-    dtypes = {t.dtype for t in weights.tensors().values() if t.is_floating_point()}
+    if (declined := weights.declined_payload()) is not None:
+        return declined
+    dtypes = weights.dtypes()
     names = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
     if len(dtypes) > 1:
         return f"weights of several dtypes ({', '.join(names)})"

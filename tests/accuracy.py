@@ -42,7 +42,8 @@ class Rounding:
 
     def __init__(self, x: Tensor, tensors: Mapping[str, Tensor], weights: bool) -> None:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        dtypes = {x.dtype, *(t.dtype for t in tensors.values() if t.is_floating_point())}
+        floats = [t for name, t in tensors.items() if t.is_floating_point() and not name.startswith("scales_")]
+        dtypes = {x.dtype, *(t.dtype for t in floats)}
         self._operand = x.dtype if len(dtypes) == 1 else wide
         self._output = x.dtype
         self.weights = weights
@@ -198,6 +199,7 @@ def spread(
     rounded_weights: a weight may be rounded to the operand type, as codes times scales are where a tile is multiplied
     """
     rounding, shapes = Rounding(x, tensors, rounded_weights), oracle.matrix_shapes(sizes)
+    tensors = oracle.decoded(tensors, sizes)
     tokens, weights = float64(x), float64(top_k_weights)
     bias_gate_up, bias_down = (
         float64(tensors[f"bias_{m}"]) if f"bias_{m}" in tensors else np.zeros((sizes["num_experts"], shape[0]))

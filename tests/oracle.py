@@ -61,12 +61,60 @@ def expand(mask: Tensor, values: Tensor, row_offsets: Tensor | None, width: int)
     return np.array(rows).reshape(len(rows), width)
 
 
+def codes_of(stored: Tensor, bits: int) -> np.ndarray:
+    """(..., bytes) uint8 -> (..., 8 bytes / bits) int: the codes of a payload, bit by bit as payload.py documents."""
+    flags = np.unpackbits(stored.cpu().numpy(), axis=-1, bitorder="little").astype(int)
+    if bits != 3:
+        return flags.reshape(*stored.shape[:-1], 8 * stored.shape[-1] // bits, bits) @ (2 ** np.arange(bits))
+    chunks = flags.reshape(*stored.shape[:-1], stored.shape[-1] // 12, 96)
+    low = chunks[..., :64].reshape(*chunks.shape[:-1], 32, 2) @ np.array([1, 2])
+    return (low + 4 * chunks[..., 64:]).reshape(*stored.shape[:-1], 8 * stored.shape[-1] // 3)
+
+
+def decoded(tensors: Mapping[str, Tensor], sizes: Mapping) -> dict[str, Tensor]:
+    """The tensors of a layer with float64 numbers in place of codes; without scales."""
+    found = {name: t for name, t in tensors.items() if not name.startswith("scales_")}
+    for word in sizes.get("payloads", "").split():
+        name, payload = word.split("=")
+        kind, _, group = payload.partition("/")
+        bits = int(kind.removeprefix("int"))
+        steps = codes_of(tensors[name], bits) - (2**bits - 1) / 2
+        scales = float64(tensors[f"scales_{name}"])
+        matrix = "down" if name.endswith("_down") else "gate_up"
+        N, K = matrix_shapes(sizes)[matrix]
+        mask = tensors.get(f"mask_{matrix}") if name.startswith("values") else None
+        if not group:
+            numbers = steps[:, :N] * scales[:, None]
+        elif mask is None:
+            numbers = steps[..., :K] * np.repeat(scales, int(group), -1)[..., :K]
+        else:
+            stored = np.unpackbits(mask.cpu().numpy().view(np.uint8), axis=-1, bitorder="little").astype(bool)
+            of_value = np.repeat(scales, int(group), -1)
+            if f"row_offsets_{matrix}" in tensors:
+                places = [(e, i, k) for e, i, k in np.argwhere(stored).tolist()]
+                numbers = np.array([steps[at] * of_value[place] for at, place in enumerate(places)])
+            else:
+                words, kept = mask.shape[-1], _kept(tensors[name].shape[-1], mask.shape[-1], bits)
+                numbers = steps[..., : words * kept].reshape(*mask.shape, kept) * of_value[..., : 32 * words : 32, None]
+        found[name] = torch.from_numpy(np.asarray(numbers, dtype=np.float64))
+    return found
+
+
+def _kept(row_bytes: int, words: int, bits: int) -> int:
+    """n of the block layout."""
+    return next(
+        n
+        for n in (4, 8, 12, 16)
+        if -(-words * n // 32) * 32 * bits // 8 == row_bytes or (bits != 3 and words * n * bits == 8 * row_bytes)
+    )
+
+
 class Expert(NamedTuple):
     """One matrix (N, K) of one expert as it is stored, in float64: the sum of these parts."""
 
     base: np.ndarray | None
     low_rank: list[tuple[slice, np.ndarray, np.ndarray]]  # rows of the matrix, U (n, r), V (r, K)
-    sparse: np.ndarray | None
+    sparse: np.ndarray | None  # or full
 
     def dense(self, rows: int, columns: int) -> np.ndarray:
         matrix = np.zeros((rows, columns))
@@ -84,7 +132,7 @@ def matrix_shapes(sizes: Mapping) -> dict[str, tuple[int, int]]:
 
 
 def stored_expert(matrix: str, e: int, tensors: Mapping[str, Tensor], sizes: Mapping) -> Expert:
-    """The parts of one expert's matrix, "gate_up" or "down"."""
+    """The parts of one expert's matrix, "gate_up" or "down", of a layer without codes, see ``decoded``."""
     rows, columns = matrix_shapes(sizes)[matrix]
     base = sparse = None
     if f"base_{matrix}" in tensors and tensors["group"][e] != -1:
@@ -96,6 +144,8 @@ def stored_expert(matrix: str, e: int, tensors: Mapping[str, Tensor], sizes: Map
             sparse = expand(mask, values[e], None, columns)
         else:
             sparse = expand(mask, values, offsets[e * rows : (e + 1) * rows + 1], columns)
+    elif f"values_{matrix}" in tensors:
+        sparse = float64(tensors[f"values_{matrix}"][e])
     return Expert(base, _low_rank(matrix, e, tensors, sizes), sparse)
 
 
@@ -123,6 +173,7 @@ def _low_rank(
 
 def dense_experts(tensors: Mapping[str, Tensor], sizes: Mapping) -> tuple[np.ndarray, np.ndarray]:
     """Every expert as plain matrices: gate_up (E, 2I or I, H) and down (E, H, I), float64."""
+    tensors = decoded(tensors, sizes)
     gate_up, down = (
         np.array([stored_expert(m, e, tensors, sizes).dense(*shape) for e in range(sizes["num_experts"])])
         for m, shape in matrix_shapes(sizes).items()

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from resmoe_kernels.factored import FactoredExperts
+from resmoe_kernels.parts import parse_payloads
+from resmoe_kernels.python_ops.solvers.rounding import rounded
 from resmoe_kernels.sparse import pack_bitmap, pack_block
 
 
@@ -22,6 +24,8 @@ def random_layer(
     sparse: int | str | None = None,
     bias: bool = False,
     only: str | None = None,
+    full: bool = False,
+    payloads: str = "",
     dtype: torch.dtype = torch.float32,
 ) -> FactoredExperts:
     """A layer of random numbers; its residuals are as large as the base, so that none is lost unseen.
@@ -29,6 +33,7 @@ def random_layer(
     ranks: rank of each expert, for both matrices (down reversed, so that a mix-up of the two shows)
     sparse: n for the block layout, "bitmap", or "empty" for a bitmap that keeps nothing
     only: "gate_up" or "down" leaves the other matrix without residual
+    full: whether the residual has every place;  payloads: what is rounded to codes, as FactoredExperts names it
     """
     sizes = {
         "num_experts": num_experts,
@@ -74,7 +79,10 @@ def random_layer(
             t[f"mask_{m}"] = mask.view(E, N, -1)
             # One of each dtype that row offsets may have.
             t[f"row_offsets_{m}"] = offsets.to(torch.int32) if m == "gate_up" else offsets
+    for m, (N, K) in matrices.items() if full else ():
+        t[f"values_{m}"] = normal(E, N, K, scale=K**-0.5)
     if bias:
         t["bias_gate_up"] = normal(E, shapes["gate_up"][0], scale=0.5)
         t["bias_down"] = normal(E, H, scale=0.5)
-    return FactoredExperts.from_tensors(t, **sizes, gated=gated, factorization=factorization)
+    layer = FactoredExperts.from_tensors(t, **sizes, gated=gated, factorization=factorization)
+    return rounded(layer, parse_payloads(payloads)) if payloads else layer

@@ -40,15 +40,16 @@ def declines(weights: FactoredExperts, activation: str = "silu") -> str | None:
     """What of a layer the Triton kernels do not serve, None if they serve it all. Reads no contents."""
     if weights.factorization != "stacked":
         return f"factorization {weights.factorization!r}"
-    for tensor in weights.tensors().values():
-        if tensor.is_floating_point() and tensor.dtype not in KERNEL_DTYPES:
-            return f"weights of {str(tensor.dtype).removeprefix('torch.')}"
+    if (declined := weights.declined_payload()) is not None:
+        return declined
+    for dtype in weights.dtypes() - set(KERNEL_DTYPES):
+        return f"weights of {str(dtype).removeprefix('torch.')}"
     return declines_call(torch.float32, activation)
 
 
 def operand_dtype(x: Tensor, weights: FactoredExperts) -> torch.dtype:
     """The dtype of x if every weight has it, else float32."""
-    dtypes = {x.dtype, *(t.dtype for t in weights.tensors().values() if t.is_floating_point())}
+    dtypes = {x.dtype, *weights.dtypes()}
     return x.dtype if len(dtypes) == 1 else torch.float32
 
 

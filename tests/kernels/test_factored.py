@@ -28,7 +28,29 @@ FORMS: dict[str, dict] = {
     "base-only": {"group": [0] * 6},
     "empty": {"group": [0] * 6, "ranks": [0] * 6, "sparse": "empty"},
     "one-matrix": {"group": [0] * 6, "ranks": [4] * 6, "sparse": 4, "only": "down"},
+    "full": {**EVERYTHING, "full": True},
 }
+_LOW_RANK = "base_gate_up=int4/128 base_down=int8/64 u_gate_up=int3 v_gate_up=int4/32 u_down=int2 v_down=int8/32"
+CODES: dict[str, dict] = {  # 45 and 37 columns: two groups of 32, the second padded, or one of 64 or 128
+    "codes": {**EVERYTHING, "payloads": _LOW_RANK},
+    "codes-full": {**EVERYTHING, "full": True, "payloads": f"{_LOW_RANK} values_gate_up=int3/32 values_down=int2/64"},
+    "codes-only": {"full": True, "payloads": "values_gate_up=int4/32 values_down=int8/128"},
+    "codes-block": {**EVERYTHING, "sparse": 8, "payloads": "values_gate_up=int4/32 values_down=int2/64"},
+    "codes-wide-block": {
+        "sparse": 12,
+        "hidden_size": 250,
+        "payloads": "values_gate_up=int3/64 values_down=int8/32",
+        "num_experts": 2,
+    },
+    "codes-bitmap": {**EVERYTHING, "sparse": "bitmap", "payloads": "values_gate_up=int3/32 values_down=int4/128"},
+    "codes-and-floats": {**EVERYTHING, "sparse": 16, "gated": False, "payloads": "base_down=int2/32 u_gate_up=int4"},
+    "codes-empty": {
+        "ranks": [0] * 6,
+        "sparse": "empty",
+        "payloads": "u_gate_up=int3 v_gate_up=int3/32 u_down=int2 values_gate_up=int3/32 values_down=int4/64",
+    },
+}
+FORMS |= CODES
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -177,17 +199,17 @@ REFUSED: list[tuple[str, Change, str | re.Pattern]] = [
     (
         "base-only",
         lambda t, s: t.clear(),
-        "FactoredExperts: holds no tensor; give a base, a low-rank or a sparse part",
+        "FactoredExperts: holds no tensor; give a base, a low-rank, a sparse or a full part",
     ),
     # Parts that come together.
     ("base-only", _drop("group"), "group: must be given together with base_gate_up"),
     ("base-only", _drop("base_gate_up", "base_down"), "base_gate_up: must be given together with group"),
-    ("base-only", _drop("base_down"), "base_down: must be given together with base_gate_up"),
+    ("base-only", _drop("base_down"), "base_down: must be given together with group"),
     ("no-base", _drop("v_down"), "v_down: must be given together with u_down"),
     ("no-base", _drop("rank_offsets_gate_up"), "rank_offsets_gate_up: must be given together with u_gate_up"),
     ("joint", _drop("u_down"), "u_down: must be given together with u_gate_up"),
     ("block", _drop("values_down"), "values_down: must be given together with mask_down"),
-    ("bitmap", _drop("mask_gate_up"), "mask_gate_up: must be given together with values_gate_up"),
+    ("bitmap", _drop("mask_gate_up"), "mask_gate_up: must be given together with row_offsets_gate_up"),
     ("bitmap", _drop("mask_down", "values_down"), "mask_down: must be given together with row_offsets_down"),
     # A joint layer has neither, they are those of gate_up.
     (
@@ -211,17 +233,17 @@ REFUSED: list[tuple[str, Change, str | re.Pattern]] = [
     (
         "block",
         _set("base_down", lambda t: t.int()),
-        "base_down: must be (G, 45, 37) floating point, got (2, 45, 37) int32",
+        "base_down: must be (2, 45, 37) floating point, got (2, 45, 37) int32",
     ),
     (
         "block",
         _set("base_down", lambda t: t[:1]),
-        "base_down: must have as many groups as base_gate_up, got 1 and 2",
+        "base_down: must be (2, 45, 37) floating point, got (1, 45, 37) float32",
     ),
     (
         "block",
         _set("base_down", lambda t: t[0]),
-        "base_down: must be (G, 45, 37) floating point, got (45, 37) float32",
+        "base_down: must be (2, 45, 37) floating point, got (45, 37) float32",
     ),
     (
         "no-base",
@@ -236,7 +258,7 @@ REFUSED: list[tuple[str, Change, str | re.Pattern]] = [
     (
         "no-base",
         _set("u_gate_up", lambda t: t.mT),
-        "u_gate_up: must be (74, 74) floating point, got (74, 62) float32",
+        "u_gate_up: must be (R, 74) floating point, got (74, 62) float32",
     ),
     (
         "no-base",
@@ -246,7 +268,7 @@ REFUSED: list[tuple[str, Change, str | re.Pattern]] = [
     (
         "no-base",
         _set("u_down", lambda t: t[:, :44]),
-        "u_down: must be (62, 45) floating point, got (62, 44) float32",
+        "u_down: must be (R, 45) floating point, got (62, 44) float32",
     ),
     (
         "no-base",
@@ -256,13 +278,13 @@ REFUSED: list[tuple[str, Change, str | re.Pattern]] = [
     (
         "no-base",
         _set("u_gate_up", lambda t: t.sum()),
-        "u_gate_up: must be (R, N) floating point, got () float32",
+        "u_gate_up: must be (R, 74) floating point, got () float32",
     ),
-    ("no-base", _set("u_down", lambda t: t.sum()), "u_down: must be (R, N) floating point, got () float32"),
+    ("no-base", _set("u_down", lambda t: t.sum()), "u_down: must be (R, 45) floating point, got () float32"),
     (
         "separate",
         _set("u_gate_up", lambda t: torch.cat([t, t], 1)),
-        "u_gate_up: must be (62, 37) floating point, got (62, 74) float32",
+        "u_gate_up: must be (R, 37) floating point, got (62, 74) float32",
     ),
     (
         "joint",
@@ -324,6 +346,105 @@ REFUSED: list[tuple[str, Change, str | re.Pattern]] = [
         _set("bias_down", lambda t: t[0]),
         "bias_down: must be (6, 45) floating point, got (45,) float32",
     ),
+    # Codes.
+    (
+        "codes",
+        _size(payloads="base_gate_up=int5/128"),
+        "payload: bits must be one of 8, 4, 3, 2, got 5",
+    ),
+    (
+        "codes",
+        _size(payloads="base_gate_up=int4/48"),
+        "payload: group must be one of 32, 64, 128 columns, or 0 for one scale a row, got 48",
+    ),
+    (
+        "codes",
+        _size(payloads="base_gate_up int4"),
+        "payloads: must be like 'base_down=int4/128 u_down=int4', each once, got 'base_gate_up int4'",
+    ),
+    (
+        "codes",
+        _size(payloads="group=int4/128"),
+        "payloads: 'group' is not stored as codes; what can be are base_gate_up, base_down, u_gate_up, v_gate_up, "
+        "u_down, v_down, values_gate_up, values_down",
+    ),
+    (
+        "codes",
+        _size(payloads="base_down=int4/64 base_gate_up=int4/64"),
+        "payloads: must be in the order of the form, 'base_gate_up=int4/64 base_down=int4/64', "
+        "got 'base_down=int4/64 base_gate_up=int4/64'",
+    ),
+    (
+        "codes",
+        _size(factorization="separate"),
+        "payloads: only the factorization 'stacked' is stored as codes, got 'separate'",
+    ),
+    (
+        "codes-only",
+        _size(payloads="base_gate_up=int4/32 values_gate_up=int4/32 values_down=int8/128"),
+        "payloads: base_gate_up is int4/32 there, but the layer has no base_gate_up",
+    ),
+    (
+        "codes",
+        _size(payloads=_LOW_RANK.replace("u_down=int2", "u_down=int2/32")),
+        "payloads: u_down must have one scale a rank, as int4, got int2/32",
+    ),
+    (
+        "codes",
+        _size(payloads=_LOW_RANK.replace("v_down=int8/32", "v_down=int8")),
+        "payloads: v_down must have groups of 32, 64 or 128, as int4/128, got int8",
+    ),
+    ("codes", _drop("scales_u_down"), "scales_u_down: must be given, u_down is int2"),
+    (
+        "codes",
+        _size(payloads=_LOW_RANK.removeprefix("base_gate_up=int4/128 ")),
+        "scales_base_gate_up: must be absent, base_gate_up is not stored as codes",
+    ),
+    (
+        "codes",
+        _size(payloads=_LOW_RANK.replace("int4/128", "int2/128")),
+        "base_gate_up: must be (G, 74, 32) uint8, got (2, 74, 64) uint8",
+    ),
+    (
+        "codes",
+        _set("u_gate_up", lambda t: t.to(torch.int8)),
+        "u_gate_up: must be (R, 36) uint8, got (62, 36) int8",
+    ),
+    (
+        "codes",
+        _set("scales_v_gate_up", lambda t: t[:, :1]),
+        "scales_v_gate_up: must be (62, 2) bfloat16, got (62, 1) bfloat16",
+    ),
+    (
+        "codes",
+        _set("scales_u_gate_up", lambda t: t.float()),
+        "scales_u_gate_up: must be (62) bfloat16, got (62,) float32",
+    ),
+    (
+        "codes-block",
+        _set("values_gate_up", lambda t: t[..., :5]),
+        "values_gate_up: a row of 2 words of int4/32 must be 4 (n = 4), 8 (n = 8), 12 (n = 12), 16 (n = 16) bytes, "
+        "got 5",
+    ),
+    (
+        "codes-block",
+        lambda t, s: (
+            s.update(payloads="values_gate_up=int3/32 values_down=int2/64"),
+            t.update(values_gate_up=torch.zeros(6, 74, 12, dtype=torch.uint8)),
+        ),
+        "values_gate_up: a block layout of int3/32 with 2 words a row does not tell n by its bytes, 12 (n = 4), "
+        "12 (n = 8), 12 (n = 12), 12 (n = 16); rows of 7 words and more do: take 2 or 4 bits, or a bitmap",
+    ),
+    (
+        "codes-bitmap",
+        _set("values_down", lambda t: t[:-1]),
+        re.compile(r"values_down: codes of int4/128 must be a multiple of 16 bytes, got \d+"),
+    ),
+    (
+        "full",
+        _set("values_down", lambda t: t.mT),
+        "values_down: must be (6, 45, 37) floating point, got (6, 37, 45) float32",
+    ),
 ]
 
 
@@ -353,7 +474,7 @@ def test_unknown_names_are_refused(make_layer):
     layer = make_layer(group=[0] * 6)
     with pytest.raises(
         ValueError,
-        match=r"^FactoredExperts: unknown name 'base_gate'; known are group, base_gate_up, .*bias_down$",
+        match=r"^FactoredExperts: unknown name 'base_gate'; known are group, base_gate_up, .*scales_values_down$",
     ):
         FactoredExperts.from_tensors({**layer.tensors(), "base_gate": torch.zeros(1)}, **layer.sizes())
     with pytest.raises(ValueError, match=r"^FactoredExperts: unknown name 'top_k'"):
@@ -393,7 +514,7 @@ def test_dense_experts_refuse(change, sentence):
 # ---- what check_values refuses: contents that would make a kernel read out of bounds
 
 
-def _at(name: str, place: tuple | int, value: int) -> Change:
+def _at(name: str, place: tuple | int, value: float) -> Change:
     return lambda tensors, sizes: tensors[name].__setitem__(place, value)
 
 
@@ -464,6 +585,38 @@ CORRUPT: list[tuple[str, Change, str | re.Pattern]] = [
         "bitmap",
         lambda t, s: t.update(values_gate_up=t["values_gate_up"][:-1]),
         re.compile(r"row_offsets_gate_up: must rise from 0 to \d+ without falling, got \[0, .*, \.\.\., \d+\]"),
+    ),
+    (
+        "codes",
+        _at("scales_base_down", (1, 44, 0), float("nan")),
+        "scales_base_down: scales must be finite and at least +0, got nan at (1, 44, 0)",
+    ),
+    ("codes", _at("scales_u_down", 3, -1.0), "scales_u_down: scales must be finite and at least +0, got -1.0 at (3,)"),
+    # 45 columns in groups of 32 are 64 codes of 4 bits: byte 22 holds the 45th and the 46th.
+    (
+        "codes",
+        _at("v_gate_up", (61, 22), 0xF0),
+        "v_gate_up: codes behind the 45 of a row must be 0, got 15 at (61, 45)",
+    ),
+    (
+        "codes-full",
+        _at("values_down", (5, 44, 15), 0x40),
+        "values_down: codes behind the 37 of a row must be 0, got 1 at (5, 44, 63)",
+    ),
+    (
+        "codes-block",
+        _at("values_down", (1, 2, 3), 0x80),
+        "values_down: behind the 5 codes of a word all must be 0, got another at expert 1, row 2, word 1",
+    ),
+    (
+        "codes-bitmap",
+        lambda t, s: t.update(values_gate_up=t["values_gate_up"][:-12]),
+        re.compile(r"values_gate_up: \d+ codes of int3/32, as row_offsets_gate_up ends, are not \d+ bytes"),
+    ),
+    (
+        "codes-bitmap",
+        _at("values_down", -1, 0xF0),
+        re.compile(r"values_down: codes behind the \d+ of a row must be 0, got 15 at \(\d+,\)"),
     ),
     (
         "bitmap",
