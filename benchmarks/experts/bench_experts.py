@@ -5,7 +5,7 @@
     python -m benchmarks.experts.bench_experts --backend triton --csv FILE    # on a GPU; or cuda, up to 16 tokens
     python -m benchmarks.experts.bench_experts --model H100              # a projection; needs no GPU, measures nothing
 
-What is timed, and how, is in benchmarks/README.md. Weights are random: speed is measured here, never quality.
+What is timed, and how, is in benchmarks/experts/README.md. Weights are random: speed is measured here, never quality.
 """
 
 from __future__ import annotations

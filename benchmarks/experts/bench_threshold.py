@@ -6,7 +6,7 @@ For every mean, the threshold is calibrated to it on logits of their own, and tw
 ``dropless``, as the package runs it, and ``padded``, where every token is given as many slots as the token that uses
 most, the spare ones at weight 0, as a layer with a fixed number of slots would. Choosing experts is timed with both.
 Weights and logits are random: the time depends on how many experts are used, not on which. What is timed, and how, is
-in benchmarks/README.md; candidates take turns, on fresh tokens each round.
+in benchmarks/experts/README.md; candidates take turns, on fresh tokens each round.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ def test_a_model_that_does_not_fit_is_left_out_by_name(monkeypatch, capsys):
 
 
 def test_the_readme_says_how_to_get_peers():
-    readme, pins = ((REPO / name).read_text() for name in ("benchmarks/README.md", "requirements-dev.txt"))
+    readme, pins = ((REPO / name).read_text() for name in ("benchmarks/experts/README.md", "requirements-dev.txt"))
     command = peers.GET.split(";")[0]
     assert f"    {command}\n" in readme
     assert "PYTHONPATH=build/peers python -m benchmarks.experts.bench_experts" in readme
