@@ -218,7 +218,8 @@ def plan(
     """What the model itself says of each layer: how its router scores, where that is needed and known, and its
     activation.
 
-    Raises ValueError naming the layer if it is a dense feed-forward module, and there is nothing to choose.
+    Raises ValueError naming the layer if no threshold can be put on it: a dense feed-forward module, or weights whose
+    mass means nothing.
     """
     chooses = settings["threshold"] is not None or settings["experts_per_token"] is not None
     plans = []
@@ -226,6 +227,8 @@ def plan(
         found, scoring = model.experts[i], None
         if isinstance(found, DenseFFN) and settings["parts"] == 1:
             raise ValueError(f"{found.path}: a dense feed-forward module is one expert; give parts to split it into")
+        if chooses and (reason := found.layer_class.no_threshold) is not None:
+            raise ValueError(f"{found.path}: {reason}, so no threshold can be put on its weights; use parts")
         if chooses:
             scoring = _scoring(model, i)
         plans.append({"scoring": None if scoring is None else asdict(scoring), "activation": found.activation})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,8 @@ class FactoredExpertsLayer(nn.Module):
     ``from_pretrained`` and ``pack`` check the contents of the index tensors; whoever loads others into the parameters
     of a layer that is not packed calls ``layer.weights.check_values()``.
     """
+
+    no_threshold: ClassVar[str | None] = None  # why none can be put on the weights that arrive here
 
     def __init__(self, weights: FactoredExperts, activation: str) -> None:
         super().__init__()
@@ -71,7 +74,10 @@ class FactoredExpertsLayer(nn.Module):
         """From now on, what the router sends here is read by ``change``: thinned, mapped, folded, in parts.
 
         part_router: (E, H) float, a row for every part, see routing.choose_parts
+        Raises ValueError for a threshold where none can be put.
         """
+        if change.threshold is not None and self.no_threshold is not None:
+            raise ValueError(f"threshold: {self.no_threshold}, so none can be put on its weights; use parts")
         self.router_change = change
         thins = change.threshold_over_chosen is not None
         self.reroutes = thins or change.expert_of_slot is not None or change.parts > 1

@@ -1,117 +1,31 @@
 """Where a model keeps its experts, and in which layout: found by contract, never by a list of class names.
 
-Three layouts of experts are covered: stacked in 3-D parameters (transformers 5), a ModuleDict of two-matrix experts
-behind a one-hot contract (Switch Transformers), and a ModuleList of MLPs in a block that routes by itself (older
-remote code). In models without experts, the gated feed-forward modules are found where they are asked for.
+Covered are experts stacked in 3-D parameters (transformers 5), a ModuleDict of two-matrix experts behind a one-hot
+contract (Switch Transformers), a ModuleList of MLPs in a block that routes by itself (older remote code), and those
+stacked without flags (unflagged_layouts.py). In models without experts, the gated feed-forward modules are found where
+they are asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from resmoe_kernels.factored import DenseExperts, FactoredExperts
+from resmoe_kernels.factored import DenseExperts
 from resmoe_kernels.python_ops.models.activation_names import gate_name, pointwise_name
+from resmoe_kernels.python_ops.models.experts_module import ExpertsModule, Watcher, linears
 from resmoe_kernels.python_ops.models.layer import (
     DenseFFNLayer,
     FactoredExpertsLayer,
     OneHotExpertsLayer,
     SelfRoutedExpertsLayer,
 )
-from resmoe_kernels.python_ops.models.routers import change_choice, find_router, read_scoring
-from resmoe_kernels.python_ops.models.routing import RouterChange, Scoring
-
-Watcher = Callable[[Tensor, Tensor, Tensor, Tensor], None]
-
-
-@dataclass(frozen=True)
-class ExpertsModule:
-    """One experts module of a model. Subclasses know a layout.
-
-    path: where it is, e.g. ``model.layers.3.mlp.experts``;  module: the module itself, on any device, meta included
-    """
-
-    path: str
-    module: nn.Module
-    layer_class: ClassVar[type[FactoredExpertsLayer]] = FactoredExpertsLayer  # what takes the module's place
-
-    @classmethod
-    def covers(cls, module: nn.Module, parent: nn.Module | None) -> bool:
-        """Whether the module (below ``parent``) follows this layout's contract."""
-        raise NotImplementedError
-
-    def refusal(self) -> str | None:
-        """Why this module cannot be compressed although its layout is covered; None if it can."""
-        return None
-
-    def read(self, parameters: Mapping[str, Tensor]) -> DenseExperts:
-        """The module's parameters, by name below ``path``, as (E, 2I, H) and (E, H, I) with gate rows first."""
-        raise NotImplementedError
-
-    def install(
-        self,
-        model: nn.Module,
-        weights: FactoredExperts,
-        change: RouterChange | None = None,
-        part_router: Tensor | None = None,
-    ) -> FactoredExpertsLayer:
-        """Puts the factored layer in the module's place, changes its router and returns the layer."""
-        layer = self.layer_class(weights, self.activation)
-        if change is not None:
-            if change.changes_choice:
-                change_choice(self.router(model), change)
-            layer.change_routing(change, part_router)
-        model.set_submodule(self.path, layer)
-        return layer
-
-    def router(self, model: nn.Module) -> nn.Module:
-        """The module that routes to these experts. Raises ValueError if there is none whose choice can be changed."""
-        return find_router(model, self.path, self.num_experts)
-
-    def scoring(self, model: nn.Module) -> Scoring:
-        """How that router scores. Raises ValueError if that is not known."""
-        return read_scoring(self.router(model), self.path)
-
-    def watch(self, model: nn.Module, called: Watcher) -> list[RemovableHandle]:
-        """Calls ``called(x, index, weight, logits)`` whenever the dense module runs, until the handles are removed.
-
-        x (T, H);  index, weight (T, top_k), the routing of these tokens;  logits (T, E) of the router
-        """
-        logits: list[Tensor] = []
-
-        def on_experts(module, positional: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            x, index, weight = (*positional, *named.values())
-            called(x, index, weight, logits.pop())
-
-        return [
-            self.router(model).register_forward_hook(lambda module, _, output: logits.append(output[0])),
-            self.module.register_forward_pre_hook(on_experts, with_kwargs=True),
-        ]
-
-    @property
-    def num_experts(self) -> int:
-        """As the router counts them."""
-        return len(self.module)  # type: ignore[arg-type]
-
-    @cached_property
-    def activation(self) -> str:
-        """The name under which the op knows this module's activation."""
-        raise NotImplementedError
-
-    @property
-    def parameter_names(self) -> list[str]:
-        return [name for name, _ in self.module.named_parameters()]
-
-    def _stack(self, parameters: Mapping[str, Tensor], name: str) -> Tensor | None:
-        """Of modules that hold one matrix per expert: those named by the pattern; None where there are none."""
-        names = [name.format(i) for i in range(len(self.module))]  # type: ignore[arg-type]
-        return torch.stack([parameters[n] for n in names]) if names[0] in parameters else None
+from resmoe_kernels.python_ops.models.unflagged_layouts import UNFLAGGED
 
 
 class StackedExperts(ExpertsModule):
@@ -179,7 +93,7 @@ class OneHotExperts(ExpertsModule):
         if not isinstance(module, nn.ModuleDict) or not len(module):
             return False
         names = [f"expert_{i}" for i in range(len(module))]
-        return list(module) == names and all(_linears(module[n]) == {"wi", "wo"} for n in names)
+        return list(module) == names and all(linears(module[n]) == {"wi", "wo"} for n in names)
 
     def read(self, parameters: Mapping[str, Tensor]) -> DenseExperts:
         first, down, bias_first, bias_down = (
@@ -212,7 +126,7 @@ class SelfRoutedExperts(ExpertsModule):
         return (
             isinstance(module, nn.ModuleList)
             and len(module) > 0
-            and all(_linears(expert) == mlp and hasattr(expert, "act_fn") for expert in module)
+            and all(linears(expert) == mlp and hasattr(expert, "act_fn") for expert in module)
             and callable(getattr(parent, "moe_infer", None))
         )
 
@@ -245,7 +159,7 @@ class DenseFFN(ExpertsModule):
     @classmethod
     def covers(cls, module: nn.Module, parent: nn.Module | None) -> bool:
         mlp = {"gate_proj", "up_proj", "down_proj"}
-        return _linears(module) == mlp and hasattr(module, "act_fn") and not _own_parameters(module)
+        return linears(module) == mlp and hasattr(module, "act_fn") and not _own_parameters(module)
 
     @property
     def num_experts(self) -> int:
@@ -283,7 +197,7 @@ class DenseFFN(ExpertsModule):
         return pointwise_name(self.module.act_fn, gated=True)  # type: ignore[arg-type]
 
 
-LAYOUTS: tuple[type[ExpertsModule], ...] = (StackedExperts, OneHotExperts, SelfRoutedExperts)
+LAYOUTS: tuple[type[ExpertsModule], ...] = (StackedExperts, OneHotExperts, SelfRoutedExperts, *UNFLAGGED)
 
 
 def find_experts(model: nn.Module, *, or_ffns: bool = False) -> list[ExpertsModule]:
@@ -369,11 +283,7 @@ def _looks_like_experts(path: str, module: nn.Module) -> bool:
 
 def _own_parameters(module: nn.Module) -> list[str]:
     """Parameters that are not those of its linears."""
-    return [n for n, _ in module.named_parameters() if n.partition(".")[0] not in _linears(module)]
-
-
-def _linears(module: nn.Module) -> set[str]:
-    return {name for name, child in module.named_children() if isinstance(child, nn.Linear)}
+    return [n for n, _ in module.named_parameters() if n.partition(".")[0] not in linears(module)]
 
 
 def expert_nbytes(model: nn.Module) -> int:

@@ -157,14 +157,12 @@ def test_parameters_nobody_knows_are_refused():
 
 
 def test_a_family_that_is_not_covered_is_refused_by_name():
-    text = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "intermediate_size_mlp": 32}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64}
-    config = transformers.Llama4TextConfig(
-        **text, **heads, num_local_experts=2, pad_token_id=0, interleave_moe_layer_step=1
+    config = transformers.JetMoeConfig(
+        num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_key_value_heads=2, kv_channels=8, vocab_size=64
     )
-    model = transformers.Llama4ForCausalLM(config)
+    model = transformers.JetMoeForCausalLM(config)
     before = {name: id(p) for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"Llama4TextExperts\) cannot be compressed"):
+    with pytest.raises(ValueError, match=r"JetMoeParallelExperts\) cannot be compressed"):
         rk.swap_experts(model)
     assert {name: id(p) for name, p in model.named_parameters()} == before
 
