@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from resmoe_kernels.python_ops.calibration.statistics import MOMENTS, LayerStatistics, Statistics
+from resmoe_kernels.python_ops.calibration.layer_moments import LayerMoments, MomentSums
+from resmoe_kernels.python_ops.calibration.statistics import MOMENTS, LayerStatistics, Statistics, moments_file
 from resmoe_kernels.python_ops.models.dense_model import DenseModel
 from resmoe_kernels.python_ops.models.text import encode, read_text
 from resmoe_kernels.python_ops.solvers.expert_outputs import expert_output, hidden_activations
@@ -34,7 +35,8 @@ def calibrate(
 
     text: UTF-8 file; read in windows of the model's length, at most 512 tokens, with nothing added
     tokens: how many of its tokens to read, whole windows
-    moments: of the inputs of both matrices, ``diagonal`` or ``full``
+    moments: of the inputs of both matrices, ``diagonal`` or ``full``; or ``experts``, which is ``diagonal`` and beside
+        it, for fits, the full ones of each expert's own inputs, see LayerMoments
 
     Raises ValueError for a text that cannot be read or is shorter than two tokens, tokens < 2, unknown moments, and
     a model that is no decoder or has a router that does not return logits.
@@ -66,12 +68,16 @@ def collect(
     *,
     moments: str = "diagonal",
     fingerprint: str | None = None,
+    file: Path | None = None,
     progress: bool = True,
 ) -> Statistics:
     """The same for tokens (windows, L) and a model that may be on disk: layer by layer, hidden states carried on.
 
     Memory, beside the model or, from disk, its embeddings and one decoder layer: hidden states, n H in the model's
-    dtype; for each layer E I float32 of moments (E I^2 where ``full``) and 4096 (H + E) of sampled tokens.
+    dtype; for each layer E I float32 of moments (E I^2 where ``full``) and 4096 (H + E) of sampled tokens. Moments of
+    ``experts`` are E (H^2 + I^2) float32, of one layer at a time where there is a file to be saved as: they go there.
+
+    file: what the statistics will be saved as, see moments_file
     """
     check_moments(moments)
     layers: dict[str, LayerStatistics] = {}
@@ -90,7 +96,9 @@ def collect(
                     for collector in collectors.values():
                         collector.remove()
                 for i, collector in collectors.items():
-                    layers[model.experts[i].path] = collector.statistics()
+                    path = model.experts[i].path
+                    layers[path] = collector.statistics(None if file is None else moments_file(file, path))
+                del collectors
             bar.update()
     return Statistics(layers, origin_of(token_ids, fingerprint, moments), token_ids)
 
@@ -110,6 +118,7 @@ class _Collector:
         # In memory at this point, also where the model is on disk.
         self.experts = found.read({name: p.detach() for name, p in found.module.named_parameters()})
         self.full = moments == "full"
+        self.moments = MomentSums(self.experts, self.activation) if moments == "experts" else None
         self.seen, self.tokens = 0, tokens
         self.wanted = torch.linspace(0, tokens - 1, min(SAMPLE, tokens)).round().long()
         self.sums: dict[str, Tensor] = {}
@@ -143,6 +152,8 @@ class _Collector:
         token, slot = (index == e).nonzero(as_tuple=True)
         h = hidden_activations(self.experts, e, x[token].to(self.experts.gate_up.dtype), self.activation)
         output = expert_output(self.experts, e, h)
+        if self.moments is not None:
+            self.moments.add(e, x[token].to(self.experts.gate_up.dtype), weight[token, slot])
         norm = (output.float().norm(dim=-1).double() * weight[token, slot].double()).sum()
         return self._moment(h), output.float().sum(0), norm
 
@@ -153,7 +164,12 @@ class _Collector:
     def _add(self, name: str, value: Tensor) -> None:
         self.sums[name] = value if name not in self.sums else self.sums[name].add_(value)
 
-    def statistics(self) -> LayerStatistics:
+    def statistics(self, file: Path | None) -> LayerStatistics:
+        moments: LayerMoments | Path | None = None if self.moments is None else self.moments.result()
+        if isinstance(moments, LayerMoments) and file is not None:
+            file.parent.mkdir(exist_ok=True)
+            moments.save(file)
+            moments = file
         samples = {f"sample_{name}": torch.cat(parts) for name, parts in self.samples.items()}
         tensors = {name: tensor.cpu() for name, tensor in (self.sums | samples).items()}
-        return LayerStatistics(**tensors, tokens=self.seen)
+        return LayerStatistics(**tensors, tokens=self.seen, moments=moments)

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOMENTS = ("diagonal", "full")
+from resmoe_kernels.python_ops.calibration.layer_moments import LayerMoments
+
+MOMENTS = ("diagonal", "full", "experts")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +31,7 @@ class LayerStatistics:
     sample_logits: (S, E) float32, the router's logits of those
     sample_index, sample_weight: (S, top_k) int64 and float32, their routing as the model had it
     tokens: n
+    moments: where they were asked for, those of each expert, or the file that holds them, see LayerMoments
     """
 
     count: Tensor
@@ -44,13 +47,20 @@ class LayerStatistics:
     sample_index: Tensor
     sample_weight: Tensor
     tokens: int
+    moments: LayerMoments | Path | None = None
+
+    def expert_moments(self) -> LayerMoments:
+        """Raises ValueError where they were not collected, or their file is not there any more."""
+        if self.moments is None:
+            raise ValueError("statistics: hold no moments of experts, which fits are made under; collect 'experts'")
+        return LayerMoments.load(self.moments) if isinstance(self.moments, Path) else self.moments
 
     @property
     def num_experts(self) -> int:
         return len(self.count)
 
 
-_TENSORS = tuple(f.name for f in fields(LayerStatistics) if f.name != "tokens")
+_TENSORS = tuple(f.name for f in fields(LayerStatistics) if f.name not in ("tokens", "moments"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,16 +75,25 @@ class Statistics:
     origin: dict[str, Any]
     token_ids: Tensor
 
-    def save(self, path: Path | str) -> None:
-        """Writes one safetensors file; it appears under its name only once it is whole."""
-        from resmoe_kernels.python_ops.models.checkpoint import write_tensors
+    def save(self, path_of: Path | str) -> None:
+        """Writes one safetensors file, and the moments of experts that are in memory beside it, a file for each layer,
+        see ``moments_file``; it appears under its name only once all is whole."""
+        from resmoe_kernels.python_ops.models.checkpoint import copy_file, write_tensors
 
         tensors = {f"{path}.{n}": getattr(layer, n) for path, layer in self.layers.items() for n in _TENSORS}
         tokens = {path: layer.tokens for path, layer in self.layers.items()}
         tensors[_TOKENS] = self.token_ids
+        held = {layer: moments_file(Path(path_of), layer) for layer in self.layers if self.layers[layer].moments}
+        for layer, file in held.items():
+            file.parent.mkdir(exist_ok=True)
+            moments = self.layers[layer].moments
+            if isinstance(moments, LayerMoments):
+                moments.save(file)
+            elif moments != file:
+                copy_file(moments, file)
         described = {"origin": self.origin, "tokens": tokens}
         tensors[_DESCRIPTION] = torch.tensor(list(json.dumps(described, sort_keys=True).encode()), dtype=torch.uint8)
-        write_tensors(tensors, Path(path))
+        write_tensors(tensors, Path(path_of))
 
     @classmethod
     def load(cls, path: Path | str) -> Statistics:
@@ -85,13 +104,23 @@ class Statistics:
         try:
             tensors = load_file(path)
             described = json.loads(bytes(tensors[_DESCRIPTION].tolist()))
+            held = described["origin"]["moments"] == "experts"
             layers = {
-                layer: LayerStatistics(**{n: tensors[f"{layer}.{n}"] for n in _TENSORS}, tokens=tokens)
+                layer: LayerStatistics(
+                    **{n: tensors[f"{layer}.{n}"] for n in _TENSORS},
+                    tokens=tokens,
+                    moments=moments_file(Path(path), layer) if held else None,
+                )
                 for layer, tokens in described["tokens"].items()
             }
             return cls(layers, described["origin"], tensors[_TOKENS])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise ValueError(f"{path}: not a file of calibration statistics ({error}); calibrate again") from None
+
+
+def moments_file(statistics: Path, layer: str) -> Path:
+    """Where the moments of a layer's experts are, beside a file of statistics: they are too large for all in memory."""
+    return statistics.with_suffix(".moments") / f"{layer}.safetensors"
 
 
 _TOKENS = "token_ids"

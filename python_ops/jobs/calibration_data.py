@@ -39,7 +39,12 @@ class CalibrationData:
             _log.info("calibration: %s is there already and used again", kept)
             return Statistics.load(kept)
         made = collect(
-            model, self.token_ids, moments=self.origin["moments"], fingerprint=self.origin["model"], progress=progress
+            model,
+            self.token_ids,
+            moments=self.origin["moments"],
+            fingerprint=self.origin["model"],
+            file=kept,
+            progress=progress,
         )
         made.save(kept)
         return made
@@ -73,11 +78,18 @@ def calibration_data(
         loaded = Statistics.load(calibration)
         if loaded.origin["model"] != fingerprint:
             raise ValueError(f"{calibration}: was collected from another model than {model}; calibrate again")
+        if method.fits and loaded.origin["moments"] != "experts":
+            raise ValueError(
+                f"{calibration}: holds {loaded.origin['moments']} moments, {method.name} fits under those of "
+                "'experts'; calibrate again with moments='experts'"
+            )
         return CalibrationData({"calibration": loaded.origin}, loaded)
     from transformers import AutoConfig, AutoTokenizer
 
-    moments = moments or MOMENTS[0]
+    moments = moments or ("experts" if method.fits else MOMENTS[0])
     check_moments(moments)
+    if method.fits and moments != "experts":
+        raise ValueError(f"moments: {method.name} fits under those of 'experts', got {moments!r}; leave it out")
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     token_ids = windows(config, tokenizer, calibration, tokens or DEFAULT_TOKENS)
