@@ -15,11 +15,12 @@ def base_under(targets: Tensor, moments: Tensor, weights: Tensor) -> Tensor:
     Returns (N, K) float32. The mean of the targets, weighted by c, where all moments are the same.
     """
     c = (weights.double() / weights.double().sum()).view(-1, 1, 1)
-    normal, right = torch.zeros_like(moments[0], dtype=torch.float64), 0.0
+    normal = torch.zeros_like(moments[0], dtype=torch.float64)
+    right = torch.zeros_like(targets[0], dtype=torch.float64)
     for target, moment, share in zip(targets, moments, c, strict=True):
         weighted = share * moment.double()
         normal += weighted
-        right = right + target.double() @ weighted
+        right += target.double() @ weighted
     root, failed = torch.linalg.cholesky_ex(normal)
     if bool(failed):
         raise ValueError("moments: their weighted sum is singular; shrink them towards the identity, ridge above 0")

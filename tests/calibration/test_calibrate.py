@@ -19,7 +19,7 @@ from tests import families, oracle
 
 TOKENS = (torch.arange(60).view(3, 20) * 7) % 61 + 3
 ROUTED = [f for f in families.CONFIGS if f not in ("switch",)]
-TENSORS = [f.name for f in dataclasses.fields(LayerStatistics) if f.name != "tokens"]
+TENSORS = [f.name for f in dataclasses.fields(LayerStatistics) if f.name not in ("tokens", "moments")]
 
 
 def same(one: Statistics, other: Statistics) -> bool:
@@ -179,7 +179,7 @@ def test_bad_input_is_named(tmp_path, repo):
         windows(model.config, tokenizer, text, 100)
     with pytest.raises(ValueError, match="calibration tokens: must be at least 2, got 1"):
         windows(model.config, tokenizer, text, 1)
-    with pytest.raises(ValueError, match="moments: must be one of diagonal, full, got 'half'"):
+    with pytest.raises(ValueError, match="moments: must be one of diagonal, full, experts, got 'half'"):
         collect(DenseModel(model), TOKENS, moments="half")
     with pytest.raises(ValueError, match="calibration runs decoder-only models"):
         collect(DenseModel(families.build("switch")), TOKENS)
