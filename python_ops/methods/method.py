@@ -52,6 +52,7 @@ class Method:
     _measure: Callable[..., dict[str, Tensor]] | None = None  # where the settings ask for it
     _peak_bytes: Callable[..., int] | None = None
     less_memory: str | None = None  # what to set where there is too little
+    fits: bool = False  # under the moments of experts, see LayerMoments
 
     def find(self, model: nn.Module) -> list[ExpertsModule]:
         """The modules it compresses. Raises ValueError if there are none."""
@@ -133,6 +134,10 @@ class Chain:
     @property
     def settings(self) -> dict[str, Any]:
         return {**self.first.settings, **self.second.settings}
+
+    @property
+    def fits(self) -> bool:
+        return self.second.fits
 
     @property
     def needs_statistics(self) -> bool:

@@ -2,9 +2,9 @@
 
 A method is a module here with a function of its name. The function's keyword arguments, but for those of ``GIVEN``,
 are the method's settings; ``check_settings`` refuses wrong ones, ``needs_statistics`` says whether they ask for
-calibration. A method that decides over all layers at once has a second function, ``plan``; where that asks for a
-measurement of every layer, as ``measures`` says of its settings, it has a third, ``measure``. One that compresses other
-modules than experts has ``find``.
+calibration, and ``fits``, where there is one, whether to that with the moments of experts. A method that decides over
+all layers at once has a second function, ``plan``; where that asks for a measurement of every layer, as ``measures``
+says of its settings, it has a third, ``measure``. One that compresses other modules than experts has ``find``.
 """
 
 from __future__ import annotations
@@ -86,4 +86,5 @@ def _method(name: str, settings: dict[str, Any]) -> Method:
         module.measure if hasattr(module, "measure") and module.measures(**settings) else None,
         getattr(module, "peak_bytes", None),
         module.less_memory(**settings) if hasattr(module, "less_memory") else None,
+        module.fits(**settings) if hasattr(module, "fits") else False,
     )

@@ -139,7 +139,7 @@ def test_calibration_arguments_that_do_not_fit(dense, calibrated, tmp_path):
         r"gone\.txt: cannot be read": {"calibration": tmp_path / "gone.txt"},
         "calibration tokens: must be at least 2, got 1": {"calibration_tokens": 1},
         "calibration_tokens: .* holds statistics collected before; leave it out": {"calibration": file},
-        "moments: must be one of diagonal, full, got 'half'": {"moments": "half"},
+        "moments: must be one of diagonal, full, experts, got 'half'": {"moments": "half"},
     }
     for message, settings in cases.items():
         with pytest.raises(ValueError, match=message):
