@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -40,9 +41,11 @@ from resmoe_kernels.python_ops.models.checkpoint import (
     write_tensors,
 )
 from resmoe_kernels.python_ops.models.dense_model import DenseModel, build_on_meta
-from resmoe_kernels.python_ops.models.hf_quantizer import FORMAT_VERSION, QUANT_METHOD, layer_spec
+from resmoe_kernels.python_ops.models.hf_quantizer import FORMAT_VERSION, PART, QUANT_METHOD, layer_spec
 from resmoe_kernels.python_ops.models.layer import PART_ROUTER
 from resmoe_kernels.python_ops.models.layouts import ExpertsModule, select_layers
+from resmoe_kernels.python_ops.models.placing import KNOWN_AS
+from resmoe_kernels.python_ops.models.sub_configs import configs_with_layers, part_of_json
 
 _log = logging.getLogger("resmoe_kernels")
 _PROCESS_BYTES = 1 << 29  # of a worker with torch and transformers, before it reads a layer
@@ -113,6 +116,7 @@ def compress(
     if taken := sorted(set(files) & set(source.shards)):
         raise ValueError(f"{source.folder / taken[0]}: has the name of a file to be written; rename the shard")
     consumed = {n for experts in chosen for n in reader.names_on_disk(experts.path, experts.parameter_names)}
+    _check_whole(reader, chosen, consumed)
     whole = DenseModel(dense, reader, found)
     workers = min(workers, len(chosen))
     layer_bytes = max(_peak_bytes(chosen_method, experts) for experts in chosen)
@@ -169,7 +173,8 @@ def compress(
 
         plans = chosen_method.plan(whole, numbers, statistics, progress, measure)
         run(_compress_layer, [layer for layer in tasks(plans) if not layer.file.is_file()], "compressing")
-        _finish(source, job, sorted(specs.glob("*.json")), folder)
+        parts = [keys for keys, _ in configs_with_layers(dense, [experts.path for experts in chosen])]
+        _finish(source, job, sorted(specs.glob("*.json")), parts, folder)
         folder.rename(target)
     return Path(out)
 
@@ -203,7 +208,9 @@ def _compress_layer(
 ) -> None:
     whole = whole or _whole(layer)
     made = layer.method(whole.read(layer.number), plan=layer.plan, statistics=layer.statistics, progress=progress)
-    _write_layer(made, whole.experts[layer.number].path, layer.file, layer.spec)
+    path = whole.experts[layer.number].path
+    assert whole.reader is not None
+    _write_layer(made, path, layer.file, layer.spec, whole.reader.path_on_disk(path))
 
 
 def _whole(layer: _Layer) -> DenseModel:
@@ -233,13 +240,25 @@ def _peak_bytes(method: Method | Chain, experts: ExpertsModule) -> int:
     return 3 * 4 * sum(p.numel() for p in experts.module.parameters()) + _PROCESS_BYTES
 
 
-def _write_layer(made: Compressed, path: str, file: Path, spec: Path) -> None:
+def _check_whole(reader: ModuleReader, chosen: Sequence[ExpertsModule], consumed: set[str]) -> None:
+    """Raises ValueError if something that stays dense is made of tensors that go."""
+    going = tuple(f"{experts.path}." for experts in chosen)
+    staying = [p for p in reader.parameters_made_of(consumed) if not p.startswith(going)]
+    if staying:
+        raise ValueError(
+            f"layers: {staying[0]} stands in the same tensors of the checkpoint as experts that are chosen; choose both"
+        )
+
+
+def _write_layer(made: Compressed, path: str, file: Path, spec: Path, known_as: str) -> None:
     tensors = made.weights.tensors()
     if made.part_router is not None:
         tensors[PART_ROUTER] = made.part_router
     described = layer_spec(made.weights, made.change, made.part_router)
     # The spec first: where the tensors are, it is.
-    write_json({"path": path, **described, "report": dataclasses.asdict(made.report)}, spec)
+    report = dataclasses.asdict(made.report)
+    names = {} if known_as == path else {KNOWN_AS: known_as}
+    write_json({"path": path, **described, **names, "report": report}, spec)
     write_tensors({f"{path}.{name}": tensor for name, tensor in tensors.items()}, file)
 
 
@@ -269,8 +288,13 @@ def _carry_over(source: Checkpoint, consumed: set[str], folder: Path, progress: 
             copy_file(path, folder / relative)
 
 
-def _finish(source: Checkpoint, job: dict[str, Any], specs: list[Path], folder: Path) -> None:
-    """Index and config, from what is on disk: a resumed job has not seen the layers of its first run."""
+def _finish(
+    source: Checkpoint, job: dict[str, Any], specs: list[Path], parts: list[tuple[str, ...]], folder: Path
+) -> None:
+    """Index and config, from what is on disk: a resumed job has not seen the layers of its first run.
+
+    parts: of the config, from which classes with experts may be built
+    """
     for stray in folder.glob(".*"):  # parts of files, ours and safetensors', from when the job was killed
         stray.unlink()
     weight_map, total, layers = {}, 0, {}
@@ -289,7 +313,10 @@ def _finish(source: Checkpoint, job: dict[str, Any], specs: list[Path], folder: 
         "layers": layers,
     }
     # The second key makes a load without this package fail, see hf_quantizer.
-    config = {**source.config, "quantization_config": quantization, "experts_implementation": QUANT_METHOD}
+    config = copy.deepcopy(source.config)
+    for part in [p for keys in parts if (p := part_of_json(config, keys)) is not None]:
+        part.update(quantization_config=PART, experts_implementation=QUANT_METHOD)
+    config.update(quantization_config=quantization, experts_implementation=QUANT_METHOD)
     write_json(config, folder / "config.json")
 
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from resmoe_kernels.factored import TENSOR_NAMES
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -131,74 +134,124 @@ class ModuleReader:
 
     def __init__(self, checkpoint: Checkpoint, model: nn.Module) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
         mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
         renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         by_pattern = {p: c for c in converters for p in c.source_patterns}
+        prefix = model.base_model_prefix
         state = model.state_dict()
-        self.checkpoint, self.model = checkpoint, model
-        self._shapes = {name: tuple(value.shape) for name, value in state.items()}
-        # parameter -> (its converter or None, [(name on disk, converter's pattern)])
+        self.checkpoint, self.model, self._state = checkpoint, model, state
+        # parameter -> (its converter or None, [(name on disk, converter's pattern)]); of a converter that makes several
+        # parameters out of the same tensors, the first
         self.sources: dict[str, tuple[WeightConverter | None, list[tuple[str, str]]]] = {}
-        for name in checkpoint.shard_of:
-            prefix = model.base_model_prefix
+        for name in sorted(checkpoint.shard_of, key=dot_natural_key):  # as the loader does: some renamings go by order
             target, pattern = rename_source_key(name, renamings, converters, prefix, state)  # type: ignore[arg-type]
+            if target not in state and name in state:
+                target, pattern = rename_source_key(name, [], [], prefix, state)  # type: ignore[arg-type]
             converter = None if pattern is None else by_pattern[pattern]
-            if name in state:  # on disk under the module's own name already
-                target, pattern, converter = name, None, None
             self.sources.setdefault(target, (converter, []))[1].append((name, pattern or name))
             if converter is None and target in state:
                 self._check_shape(name, target, checkpoint.shard_of[name].header[name]["shape"])
+        model._weight_conversions = [m for m in mapping if m.was_used()]  # type: ignore[assignment]  # as after a load
+        # parameter -> the one under whose name ``sources`` has it
+        self._listed = {made: target for target in list(self.sources) for made in self._made_with(target)}
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        self._tied = {
+            lacking: there
+            for pair in tied.items()
+            for lacking, there in (pair, pair[::-1])
+            if lacking not in self._listed and there in self._listed
+        }
+
+    def _made_with(self, target: str) -> list[str]:
+        """The parameters that come of what ``sources`` has of ``target``, itself included."""
+        converter, sources = self.sources[target]
+        several = converter is not None and (len(converter.target_patterns) > 1 or "*" in converter.target_patterns[0])
+        if not several or target not in self._state:
+            return [target]
+        shapes = [self.checkpoint.shard_of[name].header[name]["shape"] for name, _ in sources]
+        made = self._converted(target, [torch.empty(shape, device="meta") for shape in shapes])
+        return list(made)
 
     def names_on_disk(self, path: str, parameters: Iterable[str]) -> list[str]:
         """Names of the tensors that make up a module's parameters. Raises ValueError if one has none."""
         names = []
         for parameter in parameters:
             target = f"{path}.{parameter}"
-            if target not in self.sources:
+            listed = self._listed.get(self._tied.get(target, target))
+            if listed is None:
                 raise ValueError(f"{self.checkpoint.folder}: no tensor in the checkpoint makes {target}")
-            names += [name for name, _ in self.sources[target][1]]
+            names += [name for name, _ in self.sources[listed][1]]
         return names
 
-    def read(self, path: str, parameters: Iterable[str]) -> dict[str, Tensor]:
-        """A module's parameters by name; the path of the model itself is empty.
+    def path_on_disk(self, path: str) -> str:
+        """What the names of a module's tensors begin with in the checkpoint, up to where the module's own begin."""
+        from resmoe_kernels.python_ops.models.placing import stored_prefix
 
-        Raises ValueError naming the tensor if one holds NaN or Inf, is quantised, or has another shape than
-        config.json says.
+        return stored_prefix(self.model, path, TENSOR_NAMES[0])  # type: ignore[arg-type]
+
+    def parameters_made_of(self, names: Collection[str]) -> list[str]:
+        """The parameters, ties included, that tensors of these names are needed for."""
+        made = [p for p, listed in self._listed.items() if any(n in names for n, _ in self.sources[listed][1])]
+        return [*made, *(tied for tied, there in self._tied.items() if there in set(made))]
+
+    def read(self, path: str, parameters: Iterable[str]) -> dict[str, Tensor]:
+        """A module's parameters and buffers by name; the path of the model itself is empty.
+
+        Raises ValueError naming the tensor if a parameter holds NaN or Inf or is quantised, or if one has another
+        shape than config.json says.
         """
         return {parameter: self._read(f"{path}.{parameter}".removeprefix(".")) for parameter in parameters}
 
     def _read(self, target: str) -> Tensor:
-        from transformers.core_model_loading import dot_natural_key
-
-        converter, sources = self.sources[target]
-        converter = deepcopy(converter)
-        for name, pattern in sorted(sources, key=lambda s: dot_natural_key(s[0])):
-            tensor = self.checkpoint.load(name)
-            if tensor.dtype not in _EXPERT_DTYPES:
-                kind = str(tensor.dtype).removeprefix("torch.")
-                raise ValueError(
-                    f"{name}: must be float16, bfloat16, float32 or float64, got {kind}; dequantise it first"
-                )
-            check_finite(name, tensor)
-            if converter is None:
-                return tensor
-            converter.add_tensor(target, name, pattern, tensor)  # type: ignore[arg-type]
-        assert converter is not None
-        try:
-            made = converter.convert(target, model=self.model, config=self.model.config)  # type: ignore[arg-type, union-attr]
-        except (RuntimeError, ValueError) as error:  # from torch.stack or torch.cat
-            raise ValueError(f"{target}: its tensors in the checkpoint do not fit together ({error})") from None
-        value = made[target]
+        target = self._tied.get(target, target)
+        if target not in self._listed:
+            raise ValueError(f"{self.checkpoint.folder}: no tensor in the checkpoint makes {target}")
+        listed = self._listed[target]
+        converter, sources = self.sources[listed]
+        if converter is None:
+            return self._load(sources[0][0], target)  # of two tensors of one parameter the loader takes the first
+        tensors = [self._load(name, target) for name, _ in sources]
+        value = self._converted(listed, tensors)[target]
         tensor = value[0] if isinstance(value, list) else value
         self._check_shape(target, target, tensor.shape)
         return tensor
 
+    def _load(self, name: str, target: str) -> Tensor:
+        tensor = self.checkpoint.load(name)
+        if self._state[target].is_floating_point() and tensor.dtype not in _EXPERT_DTYPES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{name}: must be float16, bfloat16, float32 or float64, got {kind}; dequantise it first")
+        if self.is_parameter(target):
+            check_finite(name, tensor)
+        return tensor
+
+    def is_parameter(self, target: str) -> bool:
+        """Whether it is a parameter of the model and no buffer, which may hold anything."""
+        return target in self._parameters
+
+    @cached_property
+    def _parameters(self) -> set[str]:
+        return {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+
+    def _converted(self, listed: str, tensors: list[Tensor]) -> dict[str, Any]:
+        """What the converter of ``listed`` makes of its tensors, given in the order of ``sources``."""
+        converter, sources = self.sources[listed]
+        converter = deepcopy(converter)
+        assert converter is not None
+        for (name, pattern), tensor in zip(sources, tensors, strict=True):
+            converter.add_tensor(listed, name, pattern, tensor)  # type: ignore[arg-type]
+        try:
+            return converter.convert(listed, model=self.model, config=self.model.config)  # type: ignore[arg-type]
+        except (RuntimeError, ValueError) as error:  # from torch.stack or torch.cat
+            raise ValueError(f"{listed}: its tensors in the checkpoint do not fit together ({error})") from None
+
     def _check_shape(self, name: str, target: str, shape: Iterable[int]) -> None:
-        if tuple(shape) != self._shapes[target]:
-            raise ValueError(f"{name}: config.json wants {self._shapes[target]}, the checkpoint has {tuple(shape)}")
+        wanted = tuple(self._state[target].shape)
+        if tuple(shape) != wanted:
+            raise ValueError(f"{name}: config.json wants {wanted}, the checkpoint has {tuple(shape)}")
 
 
 # ---- writing

@@ -1,28 +1,40 @@
 """The plug-in by which transformers loads and saves factored checkpoints (``quant_method: "resmoe"``).
 
 ``config.json`` of such a checkpoint holds, for every compressed layer, the names, shapes and dtypes of its tensors. It
-also asks for ``experts_implementation: "resmoe"``, a name that exists only once this module is imported: without it
-transformers would skip the unknown quantisation with a warning and return randomly initialised experts. It still does
-where the package is not imported and the caller passes an ``experts_implementation`` of its own.
+also asks for ``experts_implementation: "resmoe"``, which transformers never knows: a model is built only where this
+quantizer has withdrawn the request. Without it transformers would skip the unknown quantisation with a warning and
+return randomly initialised experts; it still does where the package is not imported and the caller passes an
+``experts_implementation`` of its own. Both stand in every part of the config from which a class with experts may be
+built alone, such as the text model of a multimodal one; there the quantisation says only where to read on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from resmoe_kernels.factored import TENSOR_NAMES, FactoredExperts
-from resmoe_kernels.python_ops.models.layer import PART_ROUTER
-from resmoe_kernels.python_ops.models.layouts import find_experts
+from resmoe_kernels.python_ops.models.checkpoint import read_config
+from resmoe_kernels.python_ops.models.layer import PART_ROUTER, FactoredExpertsLayer
+from resmoe_kernels.python_ops.models.layouts import experts_or_ffns
+from resmoe_kernels.python_ops.models.placing import (
+    STORED_AS,
+    check_placed,
+    find_places,
+    held_in_place,
+    names_in,
+    stored_prefix,
+    unplaced_experts,
+)
 from resmoe_kernels.python_ops.models.routing import RouterChange
-from resmoe_kernels.when_imported import when_imported
+from resmoe_kernels.python_ops.models.sub_configs import configs_with_layers, sub_configs
 
 QUANT_METHOD = "resmoe"
 FORMAT_VERSION = 1
@@ -35,6 +47,7 @@ class ResMoEConfig(QuantizationConfigMixin):
     layers: module path -> {"sizes": {...}, "tensors": {name: {"dtype": ..., "shape": [...]}}, "report": {...}} and,
         where the router changes, "router": {...}, see RouterChange
     settings: how it was compressed;  source: fingerprint of the dense checkpoint, None if compressed in memory
+    layers_in: of a part's config, the file of the folder whose own quantization_config has the layers
     format_version: refused with ValueError where newer than this package's
     """
 
@@ -44,6 +57,7 @@ class ResMoEConfig(QuantizationConfigMixin):
         settings: dict[str, Any] | None = None,
         source: str | None = None,
         format_version: int = FORMAT_VERSION,
+        layers_in: str | None = None,
         **_: Any,
     ) -> None:
         if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
@@ -56,6 +70,12 @@ class ResMoEConfig(QuantizationConfigMixin):
         self.settings = settings or {}
         self.source = source
         self.layers = layers or {}
+        if layers_in is not None:
+            self.layers_in = layers_in
+
+
+# What stands in a part's config beside ``experts_implementation``.
+PART = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "layers_in": "config.json"}
 
 
 @register_quantizer(QUANT_METHOD)
@@ -64,32 +84,51 @@ class ResMoEQuantizer(HfQuantizer):
 
     requires_calibration = True  # compression happens offline; loading a dense model through this is refused
 
+    def update_attn_implementation(self, config):
+        # Called before a model is built, the only place that is: see the head of this file.
+        for part in (config, *(part for _, part in sub_configs(config))):
+            if part._experts_implementation == QUANT_METHOD:
+                part._experts_implementation = None
+        return config
+
     def _process_model_before_weight_loading(self, model, **kwargs):
-        _run_dense_layers_as_usual(model)
+        files = kwargs.get("checkpoint_files") or []
+        if hasattr(self.quantization_config, "layers_in"):
+            self.quantization_config = _config_of_the_whole(files)
         layers = self.quantization_config.layers
-        check_complete(layers, _names(kwargs.get("checkpoint_files") or []))
-        modules = {experts.path: experts for experts in find_experts(model, or_ffns=True)}
-        prefix = f"{model.base_model_prefix}."
-        found = {}  # by the paths of this model, which may be a part or a whole of the one that was saved
-        for path, spec in layers.items():
-            here = next((p for p in (path, prefix + path, path.removeprefix(prefix)) if p in modules), None)
-            if here is None:
-                raise ValueError(
-                    f"{path}: the checkpoint holds factored experts there, {type(model).__name__} has none"
-                )
-            weights = described_weights(spec, model.dtype)
-            change, part_router = described_routing(spec, model.dtype)
-            modules[here].install(model, weights, change, part_router)
-            found[here] = spec
-        self.quantization_config.layers = found
+        modules = {experts.path: experts for experts in experts_or_ffns(model)}
+        names = list(names_in(files))
+        check_complete(layers, names)
+        self._places = find_places(model, layers, names, modules)
+        self._dense = unplaced_experts(modules, self._places)
+        self._stand_ins = []
+        for place in self._places:
+            if place.path is None:  # of a part that this class does not have
+                continue
+            experts = modules[place.path]
+            weights = described_weights(place.spec, model.dtype)
+            layer = experts.install(model, weights, *described_routing(place.spec, model.dtype))
+            self._stand_ins.append((layer, _stand_in(layer, experts.parameter_names)))
+        self.quantization_config.layers = {
+            place.path: place.spec for place in self._places if place.path is not None
+        }
         return model
 
+    def update_weight_conversions(self, weight_conversions, model):
+        return held_in_place(weight_conversions, self._places, model)
+
     def _process_model_after_weight_loading(self, model, **kwargs):
+        for layer, names in self._stand_ins:
+            for name in names:
+                del layer.__dict__[name]
+        check_placed(model, [*self.quantization_config.layers, *self._dense])
+        stored = {place.path: place.stored for place in self._places}
         for path, spec in self.quantization_config.layers.items():
             layer = model.get_submodule(path)
             layer.requires_grad_(False)  # the loader makes every floating-point parameter trainable
             # The dtypes are those of this load, which a save must record.
             spec |= layer_spec(layer.form, layer.router_change, layer.part_router)
+            spec[STORED_AS] = stored[path]
             try:
                 if not layer.pack():  # which checks the same
                     layer.weights.check_values()
@@ -121,10 +160,27 @@ def check_complete(layers: dict[str, Any], names: Iterable[str]) -> None:
         raise ValueError(f"config.json describes {described} factored tensors, the shards hold {held}: compress again")
 
 
-def _names(files: Iterable[str]) -> Iterator[str]:
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            yield from file.keys()
+def _config_of_the_whole(files: list[str]) -> ResMoEConfig:
+    """The quantisation of the model whose part is loaded from these shards."""
+    if not files:
+        raise ValueError("this config is of a part of a factored checkpoint; load it from the checkpoint's folder")
+    folder = Path(files[0]).parent
+    found = read_config(folder).get("quantization_config") or {}
+    if found.get("quant_method") != QUANT_METHOD or "layers_in" in found:
+        raise ValueError(
+            f"{folder}: config.json is that of a part of a factored model and does not describe its layers; save the "
+            "whole model"
+        )
+    return ResMoEConfig(**found)
+
+
+def _stand_in(layer: FactoredExpertsLayer, parameters: Iterable[str]) -> list[str]:
+    """Puts nothing under the names of the dense parameters, for models that initialise them from the block around."""
+    names = [name for name in parameters if "." not in name]
+    for name in names:
+        layer.__dict__[name] = torch.empty(0)
+        layer.__dict__[name]._is_hf_initialized = True
+    return names
 
 
 def layer_spec(
@@ -148,6 +204,11 @@ def _tensor_spec(tensor: Tensor) -> dict[str, Any]:
 
 def mark_as_factored(model: nn.Module, quantizer: HfQuantizer) -> None:
     """Makes ``save_pretrained`` write a checkpoint that loads only with this package."""
+    layers = quantizer.quantization_config.layers  # type: ignore[attr-defined]
+    for path, spec in layers.items():
+        spec.setdefault(STORED_AS, stored_prefix(model, path, next(iter(spec["tensors"]))))  # type: ignore[arg-type]
+    for _, part in configs_with_layers(model, layers):  # type: ignore[arg-type]
+        part.quantization_config, part.experts_implementation = dict(PART), QUANT_METHOD  # type: ignore[attr-defined]
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.is_quantized, model.quantization_method = True, QUANT_METHOD  # type: ignore[assignment]
     model.config.quantization_config = quantizer.quantization_config  # type: ignore[union-attr]
@@ -173,21 +234,3 @@ def _described(tensor: dict[str, Any], dtype: torch.dtype | None) -> Tensor:
     stored = getattr(torch, tensor["dtype"])
     wanted = dtype if dtype is not None and stored.is_floating_point else stored
     return torch.empty(tensor["shape"], dtype=wanted, device="meta")
-
-
-def _run_dense_layers_as_usual(model: nn.Module) -> None:
-    """Layers left dense run under the implementation transformers would have chosen by itself."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "_experts_implementation", None) == QUANT_METHOD:
-            config._experts_implementation = model.get_correct_experts_implementation(None)  # type: ignore[union-attr, operator]
-
-
-def _make_name_known() -> None:
-    from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
-
-    # Known so that a model can be built under it; layers never run under it, see _run_dense_layers_as_usual.
-    ExpertsInterface.register(QUANT_METHOD, grouped_mm_experts_forward)
-
-
-when_imported("transformers.integrations.moe", _make_name_known)

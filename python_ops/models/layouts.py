@@ -218,6 +218,14 @@ def find_experts(model: nn.Module, *, or_ffns: bool = False) -> list[ExpertsModu
     return found
 
 
+def experts_or_ffns(model: nn.Module) -> list[ExpertsModule]:
+    """Every experts module of a model that is still dense or, of a model without, its feed-forward modules; maybe none.
+
+    Raises ValueError as ``find_experts`` does for a kind that is not covered.
+    """
+    return _find(model) or _find_ffns(model)
+
+
 def _find(model: nn.Module) -> list[ExpertsModule]:
     found: list[ExpertsModule] = []
     modules = dict(model.named_modules())
@@ -291,5 +299,5 @@ def expert_nbytes(model: nn.Module) -> int:
     together; of a model without experts those of its feed-forward modules."""
     factored = [m for m in model.modules() if isinstance(m, FactoredExpertsLayer)]
     tensors = [m.part_router for m in factored if m.part_router is not None]
-    tensors += [p for experts in _find(model) or _find_ffns(model) for p in experts.module.parameters()]
+    tensors += [p for experts in experts_or_ffns(model) for p in experts.module.parameters()]
     return sum(m.form.nbytes() for m in factored) + sum(t.numel() * t.element_size() for t in tensors)

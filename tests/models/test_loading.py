@@ -134,13 +134,13 @@ def test_the_model_without_its_head_loads_and_saves(factored, tmp_path):
         assert torch.equal(again(ids).last_hidden_state, whole.model(ids).last_hidden_state)
 
 
-def test_factored_layers_for_modules_the_model_lacks_are_refused(copy):
+def test_layers_that_the_shards_do_not_hold_are_refused(copy):
     config = json.loads((copy / "config.json").read_text())
     layers = config["quantization_config"]["layers"]
     layers["model.layers.9.mlp.experts"] = layers.pop("model.layers.1.mlp.experts")
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        ValueError, match=r"model\.layers\.9\.mlp\.experts: the checkpoint holds factored experts there"
+        ValueError, match=r"model\.layers\.9\.mlp\.experts: config\.json describes factored experts there, the shards"
     ):
         AutoModelForCausalLM.from_pretrained(copy)
 
