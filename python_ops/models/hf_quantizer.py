@@ -109,9 +109,7 @@ class ResMoEQuantizer(HfQuantizer):
             weights = described_weights(place.spec, model.dtype)
             layer = experts.install(model, weights, *described_routing(place.spec, model.dtype))
             self._stand_ins.append((layer, _stand_in(layer, experts.parameter_names)))
-        self.quantization_config.layers = {
-            place.path: place.spec for place in self._places if place.path is not None
-        }
+        self.quantization_config.layers = {place.path: place.spec for place in self._places if place.path is not None}
         return model
 
     def update_weight_conversions(self, weight_conversions, model):

@@ -65,7 +65,8 @@ def find_places(
     rename = _renaming_of(model)
     renamed = {name: rename(name) for name in sorted(names, key=dot_natural_key)}  # guards of renamings go by order
     origin = {target: name for name, target in renamed.items()}
-    places, taken = [], {}
+    places: list[Place] = []
+    taken: dict[str, str] = {}
     for path, spec in layers.items():
         leaves = described_leaves(spec)
         stored = _stored_prefix(path, spec, leaves, names, origin, model.base_model_prefix)
@@ -91,7 +92,9 @@ def check_accounted(names: Collection[str], described: Iterable[str]) -> None:
     """Raises ValueError naming the first factored tensor of which only the config or only the shards know."""
     described = set(described)
     if lacking := sorted(described.difference(names)):
-        raise ValueError(f"{lacking[0]}: config.json describes this factored tensor, the shards lack it: compress again")
+        raise ValueError(
+            f"{lacking[0]}: config.json describes this factored tensor, the shards lack it: compress again"
+        )
     unknown = sorted(n for n in names if n.rpartition(".")[2] in _UNMISTAKABLE and n not in described)
     if unknown:
         raise ValueError(
@@ -165,7 +168,9 @@ def held_in_place(
     for name, target in targets.items():
         found, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if found != target or pattern is not None:
-            raise ValueError(f"{name}: belongs at {target} in {type(model).__name__}, transformers brings it to {found}")
+            raise ValueError(
+                f"{name}: belongs at {target} in {type(model).__name__}, transformers brings it to {found}"
+            )
     return held
 
 

@@ -12,15 +12,13 @@ if TYPE_CHECKING:
 def sub_configs(config: PreTrainedConfig) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig]]:
     """Every config inside this one, at any depth, with the keys that lead to it."""
     for key in getattr(config, "sub_configs", {}):
-        inner = getattr(config, key, None)
+        inner: Any = getattr(config, key, None)
         if hasattr(inner, "sub_configs"):
             yield (key,), inner
             yield from (((key, *keys), deeper) for keys, deeper in sub_configs(inner))
 
 
-def configs_with_layers(
-    model: PreTrainedModel, paths: Iterable[str]
-) -> list[tuple[tuple[str, ...], PreTrainedConfig]]:
+def configs_with_layers(model: PreTrainedModel, paths: Iterable[str]) -> list[tuple[tuple[str, ...], PreTrainedConfig]]:
     """Those inside the model's config from which a part that holds one of the modules at ``paths`` is built."""
     from transformers import PreTrainedModel  # not there yet when this is imported
 
