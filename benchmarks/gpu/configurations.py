@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -176,8 +177,10 @@ class Configuration:
         return self.key[0]
 
 
-def configurations(target: str, of: Iterable[Case]) -> list[Configuration]:
-    """Of every kernel that the cases start, without compiling; sorted."""
+def configurations(
+    target: str, of: Iterable, launches_of: Callable[[Any, str], list[Launch]] = launches
+) -> list[Configuration]:
+    """Of every kernel that the cases start, without compiling; sorted. launches_of(case, target): what a case starts"""
     found: dict[tuple[str, ...], Configuration] = {}
     specialised: list[dict] = []
 
@@ -188,7 +191,7 @@ def configurations(target: str, of: Iterable[Case]) -> list[Configuration]:
     with pretending(target), knobs.runtime.scope():
         knobs.runtime.jit_cache_hook = note
         for case in of:
-            for launch in launches(case, target):
+            for launch in launches_of(case, target):
                 warmup(launch)
                 constants, arguments = _described(launch, specialised.pop(), target)
                 tile = launch.tile

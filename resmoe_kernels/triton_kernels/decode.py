@@ -38,7 +38,8 @@ def decode(
     E, H, I = w.num_experts, w.hidden_size, w.intermediate_size
     N = w.rows_columns("gate_up")[0]
     G = 0 if w.base_gate_up is None else w.base_gate_up.shape[0]
-    R, R_down = (0 if u is None else u.shape[0] for u in (w.u_gate_up, w.u_down))
+    # A matrix whose ranks sum to zero has no low rank: its kernels are compiled without one, as c is not there either.
+    (u, v, R), (u_down, v_down, R_down) = (_low_rank(w, matrix) for matrix in ("gate_up", "down"))
     at_x, at_gate_up, at_h, at_down = (
         tile_of(name, problem, target) for name in ("decode_x", "decode_gate_up", "decode_h", "decode_down")
     )
@@ -76,7 +77,7 @@ def decode(
     launch(
         decode_x,
         (1 + G * base_tiles + min(E, T * top_k) * per_expert,),
-        *(x, top_k_index, w.group, w.base_gate_up, w.v_gate_up, w.rank_offsets_gate_up, w.rank_offsets_down),
+        *(x, top_k_index, w.group, w.base_gate_up, v, w.rank_offsets_gate_up, w.rank_offsets_down),
         *(a, c, hit_experts, rank_blocks, counters),
         *(T, top_k, E, H, N, G * base_tiles, base_tiles, per_expert, places, counters.numel()),
         **common,
@@ -91,7 +92,7 @@ def decode(
     launch(
         decode_gate_up,
         (tiles, max(G, 1), at_gate_up.splits),
-        *(x, top_k_index, top_k_weights, w.group, a, w.bias_gate_up, w.u_gate_up, w.rank_offsets_gate_up, c),
+        *(x, top_k_index, top_k_weights, w.group, a, w.bias_gate_up, u, w.rank_offsets_gate_up, c),
         *(w.mask_gate_up, w.values_gate_up, w.row_offsets_gate_up, hit_experts),
         *(wh, partial, counters, weighted_sum),
         *(T, top_k, E, H, I, places),
@@ -113,7 +114,7 @@ def decode(
     launch(
         decode_h,
         (base_programs + rank_programs + (0 if w.mask_down is None else h_tiles * at_h.splits),),
-        *(top_k_index, w.group, w.base_down, weighted_sum, w.v_down, w.rank_offsets_down, wh),
+        *(top_k_index, w.group, w.base_down, weighted_sum, v_down, w.rank_offsets_down, wh),
         *(w.mask_down, w.values_down, w.row_offsets_down, hit_experts),
         *(c_down, y_parts),
         *(T, top_k, E, G, H, I, base_programs, rank_programs, per_expert, h_tiles, down_places),
@@ -129,7 +130,7 @@ def decode(
     launch(
         decode_down,
         (down_tiles, down_sums),
-        *(top_k_index, top_k_weights, w.u_down, rank_blocks, c_down, w.bias_down, hit_experts, y_parts),
+        *(top_k_index, top_k_weights, u_down, rank_blocks, c_down, w.bias_down, hit_experts, y_parts),
         *(down_partial, counters[sum_counters:], y),
         *(T, top_k, E, H, down_places),
         **common,
@@ -145,6 +146,12 @@ def decode(
 
 
 ALIGN = 16  # elements: ranks of every expert start at a multiple of it in c, so that its loads are wide
+
+
+def _low_rank(weights: FactoredExperts, matrix: str) -> tuple[Tensor | None, Tensor | None, int]:
+    """u, v and the sum of the ranks; None, None, 0 where there are no ranks."""
+    u, v = getattr(weights, f"u_{matrix}"), getattr(weights, f"v_{matrix}")
+    return (None, None, 0) if u is None or u.shape[0] == 0 else (u, v, u.shape[0])
 
 
 def _kept(weights: FactoredExperts, matrix: str) -> int:
