@@ -5,7 +5,8 @@
 
 Each launch is counted on its own, as if nothing of what one wrote were still in a cache for the next, and everything
 that programs of one launch share were read once: a base that prefill multiplies with every expert, and that is larger
-than L2, is read more often. Offsets, group numbers and lists of a few kilobytes are left out.
+than L2, is read more often. Partial sums of the programs of one launch, at most a few megabytes, are written and read
+within it and stay in L2: they are left out, as are offsets, group numbers and lists of a few kilobytes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from resmoe_kernels.factored import FactoredExperts
-from resmoe_kernels.heuristics import Problem, decodes, tile_of
+from resmoe_kernels.heuristics import Problem, base_splits, decodes, tile_of
 
 FLOAT32 = 4  # bytes
 CHUNK = 128  # pairs of a program of triton_kernels.routing, which cannot be imported without triton
@@ -155,18 +156,14 @@ def expert_sparse_bytes(weights: FactoredExperts, matrix: str) -> Tensor:
 def _decode(up: _Part, down: _Part, routing: Routing, problem: Problem, target: str) -> list[Cost]:
     T, G, s = problem.tokens, problem.groups, problem.itemsize
     H, I, N = problem.hidden_size, problem.intermediate_size, up.N
-    splits = {
-        kernel: tile_of(kernel, problem, target).splits for kernel in ("decode_gate_up", "decode_h", "decode_down")
-    }
+    at_h = tile_of("decode_h", problem, target)
     x = y = T * H * s
     index, weights = T * problem.top_k * 8, T * problem.top_k * s
     pairs, group_pairs = float(routing.pairs.sum()), float(routing.group_tokens.sum())
     a, c, wh = group_pairs * N * FLOAT32, up.rank_pairs * s, pairs * I * s
     weighted_sum = G * T * I * s
-    partial = splits["decode_gate_up"] * G * T * I * FLOAT32 if splits["decode_gate_up"] > 1 else 0
     c_down = down.ranks * T * s  # zeros for tokens of other experts, so that decode_down needs no routing
-    parts = ((G > 0) + (splits["decode_h"] if down.sparse else 0)) * T * H * FLOAT32
-    down_partial = splits["decode_down"] * T * H * FLOAT32 if splits["decode_down"] > 1 and down.ranks else 0
+    parts = ((base_splits(at_h, G) if G else 0) + (at_h.splits if down.sparse else 0)) * T * H * FLOAT32
     return [
         Cost(
             "decode_x",
@@ -175,17 +172,7 @@ def _decode(up: _Part, down: _Part, routing: Routing, problem: Problem, target: 
         ),
         Cost(
             "decode_gate_up",
-            index
-            + weights
-            + a
-            + c
-            + up.u
-            + up.sparse
-            + x * bool(up.sparse)
-            + up.bias
-            + wh
-            + 2 * partial
-            + weighted_sum,
+            index + weights + a + c + up.u + up.sparse + x * bool(up.sparse) + up.bias + wh + weighted_sum,
             2 * up.rank_pairs * N + 2 * pairs * N * H * bool(up.sparse),
         ),
         Cost(
@@ -195,7 +182,7 @@ def _decode(up: _Part, down: _Part, routing: Routing, problem: Problem, target: 
         ),
         Cost(
             "decode_down",
-            (index + weights) * bool(down.bias) + down.u + c_down + down.bias + 2 * down_partial + parts + y,
+            (index + weights) * bool(down.bias) + down.u + c_down + down.bias + parts + y,
             2 * down.rank_pairs * H,
         ),
     ]

@@ -1,12 +1,16 @@
 """Which kernels take a call, and tile sizes of Triton's: measured on a GPU where there is such a table, else reasoned.
 
-No kernel, no torch and no GPU is needed here: a choice is a function of numbers. ``tuned/<target>.json`` is written by
+No kernel, no torch and no GPU is needed here: a choice is a function of numbers. ``tuned/<device>.json`` is written by
 ``benchmarks/gpu/tune.py``; no such file is shipped before it was measured.
+
+A target is an architecture (``sm_90``), whose numbers are those of GPUS, or a device of one (``sm_90 NVIDIA H200``),
+whose numbers its driver gave (``meet``): devices of one architecture differ by half in bandwidth.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from math import ceil, log2
@@ -62,9 +66,9 @@ class Problem:
 class Gpu:
     """The numbers of a target that tiles are chosen by.
 
-    units: streaming multiprocessors, or compute units, of A100, RTX 4090, H100 SXM, B200 and MI300X
+    units: streaming multiprocessors or compute units
     shared: bytes of shared memory (LDS) that one program may have
-    gb_per_s: of DRAM, by the data sheet
+    gb_per_s: of DRAM, by the data sheet or from the memory's clock and width
     stages: most steps of a loop whose loads are worth having in flight. AMD's pipeliner holds them in registers
     """
 
@@ -80,7 +84,7 @@ class Gpu:
         return self.gb_per_s * 1e3 / self.units
 
 
-GPUS = {
+GPUS = {  # A100, RTX 4090, H100 SXM, B200, MI300X
     "sm_80": Gpu(108, 163 << 10, 2039, 5),
     "sm_89": Gpu(128, 99 << 10, 1008, 5),
     "sm_90": Gpu(132, 227 << 10, 3350, 6),
@@ -90,7 +94,11 @@ GPUS = {
 STEP = 8192  # bytes of weights per step of a decode loop: each thread of four warps copies four times 16 bytes
 EXPANDED = 16  # numbers of a sparse residual per thread and step: with 32, and their addresses, registers spill
 PER_UNIT = 2  # programs wanted on a unit: one starts, or adds up, while another's loads are on their way
-PARTIALS = 32  # splits are limited so that partial sums, written and read, are at most a 32nd of the weights read
+# Splits are limited so that partial sums, written and read, are at most an eighth of the weights read. They are some
+# hundreds of kilobytes a split, so that they stay in L2 and cost DRAM nothing; with a 32nd, decode at 64 tokens left
+# half of an H100 without a program.
+PARTIALS = 8
+BASE_SPLITS = 8  # parts of the sum over groups of the base of down, each a float32 sum of every token in memory
 
 
 # ---- which kernels
@@ -144,7 +152,7 @@ def tile_of(kernel: str, problem: Problem, target: str) -> Tile:
     """The tile sizes of one kernel for one call on one target.
 
     kernel: of DECODE_KERNELS or PREFILL_KERNELS
-    target: of TARGETS, another ``sm_..`` or ``gfx..``, or ``interpreter``
+    target: of TARGETS, another ``sm_..`` or ``gfx..``, a device of one, or ``interpreter``
     """
     problem = replace(problem, tokens=_power(problem.tokens))  # or every number of tokens would compile kernels anew
     if target == "interpreter":
@@ -155,9 +163,37 @@ def tile_of(kernel: str, problem: Problem, target: str) -> Tile:
     return tile
 
 
+_met: dict[str, Gpu] = {}
+
+
+def meet(target: str, units: int, shared: int, gb_per_s: int) -> None:
+    """From now on a device has these numbers, asked of its driver; 0 where the driver does not know one."""
+    usual = gpu_of(arch_of(target))
+    _met[target] = Gpu(units or usual.units, shared or usual.shared, gb_per_s or usual.gb_per_s, usual.stages)
+
+
+def arch_of(target: str) -> str:
+    """``sm_90`` of ``sm_90 NVIDIA H200`` and of ``sm_90``"""
+    return target.partition(" ")[0]
+
+
 def gpu_of(target: str) -> Gpu:
-    """A target that is not listed gets the numbers of the listed one with the least shared memory of its make."""
-    return GPUS.get(target, GPUS["sm_89" if target.startswith("sm_") else "gfx942"])
+    """Numbers of a device that was met, else of its architecture; one that is not listed gets those of the listed
+    one with the least shared memory of its make."""
+    if target in _met:
+        return _met[target]
+    arch = arch_of(target)
+    return GPUS.get(arch, GPUS["sm_89" if arch.startswith("sm_") else "gfx942"])
+
+
+def table_of(target: str) -> Path:
+    """Where the tiles measured on a target are kept: ``tuned/NVIDIA_H200.json``, ``tuned/sm_90.json``."""
+    return TUNED / (re.sub("[^A-Za-z0-9_]+", "_", target.partition(" ")[2] or target) + ".json")
+
+
+def base_splits(tile: Tile, groups: int) -> int:
+    """Programs that share the groups of one tile of ``decode_h``'s base."""
+    return max(1, min(groups, tile.splits, BASE_SPLITS))
 
 
 def experts_hit(problem: Problem) -> float:
@@ -188,7 +224,7 @@ def _tuned_tile(kernel: str, problem: Problem, target: str) -> Tile | None:
     """The measured tile of the nearest tokens and ranks (by ratio), where everything else was the same."""
     tiles = [
         (distance, tile)
-        for name, measured, tile in read_table(TUNED / f"{target}.json")
+        for name, measured, tile in read_table(table_of(target))
         if name == kernel and (distance := _distance(measured, problem)) is not None
     ]
     if not tiles:
@@ -318,13 +354,18 @@ def _decode_grid(kernel: str, problem: Problem, rows: int, gpu: Gpu) -> tuple[in
         row = hit / of * halves * (problem.rank_gate_up * problem.itemsize + H * sparse)
         others = 0.0
     elif kernel == "decode_h":
-        tiles, shared, row = float(_cdiv(H, rows)), float(can_be_hit) if problem.sparse else 0.0, hit * I * sparse
-        others = groups * tiles + hit * ceil(problem.rank_down / rows) - (0 if problem.sparse else tiles)
+        # The base of one group is one program a tile; of several, programs share the groups.
+        tiles, bases = float(_cdiv(H, rows)), min(groups, BASE_SPLITS)
+        shared = max(float(can_be_hit) if problem.sparse else 0.0, bases if problem.groups > 1 else 0.0)
+        row = hit * I * sparse + (groups * I * problem.itemsize if problem.groups > 1 else 0.0)
+        others = hit * ceil(problem.rank_down / rows) + (tiles if problem.groups == 1 else 0.0)
+        others -= 0.0 if problem.sparse or problem.groups > 1 else tiles
     else:
         tiles, shared = float(_cdiv(H, rows)), can_be_hit * problem.rank_down / 64  # blocks of ranks, not experts
         row, others = hit * problem.rank_down * problem.itemsize, 0.0
     worth = row / (PARTIALS * 2 * 4 * problem.tokens)  # partial sums of a row: T float32, written and read
-    splits = max(1, min(int(shared), int(worth), _cdiv(PER_UNIT * gpu.units - others, tiles)))
+    # Rounded down: a program more than there are places is a second wave.
+    splits = max(1, min(int(shared), int(worth), int((PER_UNIT * gpu.units - others) / tiles)))
     return splits, tiles * splits + others
 
 

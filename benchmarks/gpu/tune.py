@@ -32,13 +32,14 @@ from resmoe_kernels.heuristics import DECODE_KERNELS, PREFILL_KERNELS, Problem, 
 TOKENS = (1, 4, 16, 64, 512, 2048)
 FORMS = ("lowrank", "block", "bitmap")
 # In the order of what they change; tokens of decode follow from the call.
+# Tiles of 256 x 256 take a minute each to compile, and as many registers as spill.
 RANGES = {
-    "rows": (16, 256),
+    "rows": (16, 128),
     "depth": (16, 512),
     "splits": (1, 256),
-    "tokens": (16, 256),
-    "warps": (1, 16),
-    "stages": (1, 8),
+    "tokens": (16, 128),
+    "warps": (4, 8),
+    "stages": (2, 6),
 }
 GAIN = 0.01  # less is noise: a tile is taken only if the layer is faster by as much
 TOLERANCE = 0.02  # of results in bfloat16, relative: sums are made in another order
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--form", nargs="+", choices=FORMS, default=["lowrank", "block"])
     parser.add_argument("--retain", type=float, default=0.25)
+    parser.add_argument("--out", type=Path, help="the table (default: where the package looks for this device's)")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("tune.py measures on a GPU, and torch finds none; the defaults of heuristics.py stay")
@@ -62,7 +64,7 @@ def main() -> None:
 
     torch.set_grad_enabled(False)
     target = target_of(torch.device("cuda"))
-    path = heuristics.TUNED / f"{target}.json"
+    path = arguments.out or heuristics.table_of(target)
     about = {"device": torch.cuda.get_device_name(), "triton": triton.__version__, "clocks": clocks()}
     for name, form in itertools.product(arguments.shape, arguments.form):
         layers = Layers(SHAPES[name], form, arguments.retain, min(arguments.tokens), target)
@@ -134,7 +136,7 @@ def tiles_in_force(problem: Problem, target: str, tiles: Tiles) -> Iterator[None
     with tempfile.TemporaryDirectory() as folder:
         heuristics.TUNED = Path(folder)
         try:
-            add_to_table(heuristics.TUNED / f"{target}.json", problem, tiles)
+            add_to_table(heuristics.table_of(target), problem, tiles)
             yield
         finally:
             heuristics.TUNED = before

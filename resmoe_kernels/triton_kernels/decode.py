@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from resmoe_kernels.factored import FactoredExperts
-from resmoe_kernels.heuristics import Problem, tile_of
+from resmoe_kernels.heuristics import Problem, base_splits, tile_of
 from resmoe_kernels.triton_kernels.launch import cdiv, has_dependent_launch, launch, next_power_of_2
 from resmoe_kernels.triton_kernels.tiles import first_value, pointwise, sparse_tile
 
@@ -45,7 +45,8 @@ def decode(
     )
     sums = at_gate_up.splits if G else 1
     down_sums = at_down.splits if R_down else 1
-    parts = (G > 0) + (0 if w.mask_down is None else at_h.splits)
+    base_parts = base_splits(at_h, G) if G else 0
+    parts = base_parts + (0 if w.mask_down is None else at_h.splits)
     tiles, down_tiles = cdiv(I, at_gate_up.rows), cdiv(H, at_down.rows)
 
     def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
@@ -109,7 +110,7 @@ def decode(
     )
     per_expert = cdiv(problem.rank_down, at_h.rows)
     h_tiles = cdiv(H, at_h.rows)
-    base_programs = h_tiles if G else 0
+    base_programs = h_tiles * base_parts
     rank_programs = min(E, T * top_k) * per_expert
     launch(
         decode_h,
@@ -120,6 +121,7 @@ def decode(
         *(T, top_k, E, G, H, I, base_programs, rank_programs, per_expert, h_tiles, down_places),
         **common,
         KEPT=_kept(w, "down"),
+        BASE_PARTS=base_parts,
         ROWS=at_h.rows,
         DEPTH=at_h.depth,
         SPLITS=at_h.splits,
@@ -442,9 +444,9 @@ def decode_h(
     c_ptr, parts_ptr,
     T, TOP_K, E, G, H, I, base_programs, rank_programs, per_expert, tiles, places,
     OPERAND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_SLOTS: tl.constexpr, KEPT: tl.constexpr,
-    ROWS: tl.constexpr, DEPTH: tl.constexpr, SPLITS: tl.constexpr, OVERLAPS: tl.constexpr,
+    BASE_PARTS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, SPLITS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """parts[0] = sum_g B_down[g] sum[g] where there is a base, then one part per split = sum_e S'_e wh_e;
+    """BASE_PARTS parts, each sum_g B_down[g] sum[g] over every BASE_PARTS-th group; then SPLITS, sum_e S'_e wh_e;
     c[t, r] = V'[r] wh, zero for tokens of other experts."""
     program = tl.program_id(0)
     t = tl.arange(0, BLOCK_T)
@@ -454,16 +456,18 @@ def decode_h(
         gdc_wait()
     if program < base_programs:
         if base_ptr is not None:
-            n = program * ROWS + tl.arange(0, ROWS)
+            n = program % tiles * ROWS + tl.arange(0, ROWS)
+            part = program // tiles
             acc = tl.zeros((ROWS, BLOCK_T), tl.float32)
             group = tl.load(group_ptr + expert, mask=expert >= 0, other=-1)
-            for i in range(0, G):
+            for i in range(part, G, BASE_PARTS):
                 g = tl.full((), i, tl.int64)
                 takes = any_slot(group == g)
                 if tl.max(takes.to(tl.int32), 0) > 0:
                     start = (g * T + t) * I
                     acc = add_product(acc, base_ptr, g * H + n, n < H, I, sum_ptr, start, takes, OPERAND, DEPTH)
-            tl.store(parts_ptr + t[None, :] * H + n[:, None], acc, mask=(n < H)[:, None] & (t < T)[None, :])
+            at = parts_ptr + (part * T + t)[None, :] * H + n[:, None]
+            tl.store(at, acc, mask=(n < H)[:, None] & (t < T)[None, :])
     elif program < base_programs + rank_programs:
         if v_ptr is not None:
             hit = (program - base_programs) // per_expert
@@ -479,18 +483,16 @@ def decode_h(
             tile = (program - base_programs - rank_programs) % tiles
             split = (program - base_programs - rank_programs) // tiles
             rows = tile * ROWS + tl.arange(0, ROWS)
-            part = tl.zeros((ROWS, BLOCK_T), tl.float32)
+            total = tl.zeros((ROWS, BLOCK_T), tl.float32)
             for j in range(split, tl.load(hit_ptr), SPLITS):
                 owner = tl.load(hit_ptr + 1 + j)
                 begin = (t * TOP_K + first_slot(expert == owner, BLOCK_SLOTS)) * I
-                part = add_sparse_product(
-                    part, mask_ptr, values_ptr, row_offsets_ptr, owner.to(tl.int64) * H + rows, rows < H, I,
+                total = add_sparse_product(
+                    total, mask_ptr, values_ptr, row_offsets_ptr, owner.to(tl.int64) * H + rows, rows < H, I,
                     wh_ptr, begin, any_slot(expert == owner), KEPT, OPERAND, ROWS, DEPTH,
                 )  # fmt: skip
-            if base_ptr is not None:
-                split += 1
-            at = parts_ptr + (split * T + t)[None, :] * H + rows[:, None]
-            tl.store(at, part, mask=(rows < H)[:, None] & (t < T)[None, :])
+            at = parts_ptr + ((BASE_PARTS + split) * T + t)[None, :] * H + rows[:, None]
+            tl.store(at, total, mask=(rows < H)[:, None] & (t < T)[None, :])
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 import triton
 
-from resmoe_kernels.heuristics import Tile
+from resmoe_kernels.heuristics import Tile, arch_of, meet
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: fixed when kernels are decorated
 
@@ -82,7 +82,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def target_of(device: torch.device) -> str:
-    """``sm_90`` or ``gfx942``; ``interpreter`` where kernels run on the CPU."""
+    """``sm_90 NVIDIA H200``, whose numbers heuristics then know; ``interpreter`` where kernels run on the CPU."""
     if _recording is not None:
         return _recording[0]
     return "interpreter" if INTERPRETED else _target(device)
@@ -90,12 +90,15 @@ def target_of(device: torch.device) -> str:
 
 def has_dependent_launch(target: str) -> bool:
     """Programmatic dependent launch came with Hopper."""
-    return target.startswith("sm_") and int(target.removeprefix("sm_")) >= 90
+    return target.startswith("sm_") and int(arch_of(target).removeprefix("sm_")) >= 90
 
 
 @cache
 def _target(device: torch.device) -> str:
-    if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    properties = torch.cuda.get_device_properties(device)
+    target = f"sm_{properties.major}{properties.minor} {properties.name}"
+    # Two transfers a clock of the memory (kHz), over its bus (bits). CUDA 13 no longer tells the clock of every device.
+    clock, width = (getattr(properties, name, 0) for name in ("memory_clock_rate", "memory_bus_width"))
+    shared = getattr(properties, "shared_memory_per_block_optin", 0)
+    meet(target, properties.multi_processor_count, shared, round(2 * clock * width / 8 / 1e6))
+    return target

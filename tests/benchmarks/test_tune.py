@@ -46,16 +46,16 @@ def start(problem: Problem, target: str = "sm_90") -> dict[str, Tile]:
 def test_the_search_finds_what_is_fastest():
     half = start(DECODE)["decode_gate_up"].splits // 2
     best = {
-        "decode_x": Tile(16, 128, 32, 1, 2, 2),
+        "decode_x": Tile(16, 128, 32, 1, 8, 2),
         "decode_gate_up": Tile(16, 16, 128, half, 8, 5),
         "decode_h": Tile(16, 32, 64, 8, 4, 3),
-        "decode_down": Tile(16, 32, 256, 2 * start(DECODE)["decode_down"].splits, 1, 4),
+        "decode_down": Tile(16, 32, 256, 2 * start(DECODE)["decode_down"].splits, 4, 4),
     }
     timer = Timer(best)
     assert tune.search(DECODE, "sm_90", start(DECODE), timer) == best
     assert len(timer.asked) < 150  # each is compiled
     best = {kernel: Tile(128, 32, 128, 1, 8, 2) for kernel in PREFILL_KERNELS}
-    best["prefill_sum"] = replace(start(PREFILL)["prefill_sum"], tokens=32, rows=256)
+    best["prefill_sum"] = replace(start(PREFILL)["prefill_sum"], tokens=32, rows=64)
     assert tune.search(PREFILL, "sm_90", start(PREFILL), Timer(best)) == best
 
 

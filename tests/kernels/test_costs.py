@@ -115,12 +115,13 @@ LAYERS = {
 }
 H, I = 192, 128
 LISTS = {
-    f"{name}_ptr" for name in ("group", "rank_offsets", "down_offsets", "hit", "blocks", "counters", "expert_offsets")
-}  # a few kilobytes, which costs leave out
+    f"{name}_ptr"
+    for name in ("group", "rank_offsets", "down_offsets", "hit", "blocks", "counters", "expert_offsets", "partial")
+}  # a few kilobytes, and partial sums, which stay in L2: costs leave them out
 
 
 def needed_bytes(launch: Launch, used_of_c: int) -> int:
-    """What a launch is given and needs, every tensor once; partial sums are written and read."""
+    """What a launch is given and needs, every tensor once."""
     given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
     given = {name: t for name, t in given.items() if isinstance(t, torch.Tensor) and name not in LISTS}
     unused: set[str] = set()
@@ -140,7 +141,7 @@ def needed_bytes(launch: Launch, used_of_c: int) -> int:
         if name == "c_ptr":
             total += used_of_c  # it has room for ranks that are padded, or for the longest there could be
         elif name not in unused:
-            total += tensor.nbytes * (2 if name == "partial_ptr" else 1)
+            total += tensor.nbytes
     return total
 
 

@@ -205,6 +205,32 @@ def test_a_table_is_written_whole_or_not_at_all(tuned, monkeypatch):
     assert path.read_text() == before
 
 
+def test_a_device_has_its_own_numbers_and_table(tuned, monkeypatch):
+    """An H200 is an sm_90 with 1.4 times an H100's bandwidth: its loads reach further ahead; its table is its own."""
+    monkeypatch.setattr(heuristics, "_met", {})
+    device, p = "sm_90 NVIDIA H200", replace(REAL["qwen3"], tokens=1)
+    assert heuristics.gpu_of(device) == GPUS["sm_90"]  # not met yet
+    heuristics.meet(device, units=132, shared=0, gb_per_s=4917)
+    assert heuristics.gpu_of(device) == replace(GPUS["sm_90"], gb_per_s=4917)
+    heuristics.forget()
+    assert tile_of("decode_x", p, device).stages > tile_of("decode_x", p, "sm_90").stages
+    heuristics.meet("sm_103 NVIDIA B300", units=148, shared=227 << 10, gb_per_s=8000)
+    assert heuristics.gpu_of("sm_103 NVIDIA B300").gb_per_s == 8000 and heuristics.gpu_of("sm_103") == GPUS["sm_89"]
+    heuristics.write_table(heuristics.table_of(device), [("decode_down", p, MEASURED)])
+    assert [path.name for path in tuned.iterdir()] == ["NVIDIA_H200.json"]
+    assert tile_of("decode_down", p, device) == MEASURED
+    assert tile_of("decode_down", p, "sm_90") != MEASURED and tile_of("decode_down", p, "sm_90 NVIDIA H20") != MEASURED
+
+
+@pytest.mark.parametrize("groups", [16, 32, 128])
+def test_programs_share_the_groups_of_downs_base(groups):
+    """A program that loops over all of them leaves half of the GPU idle: tiles alone are 32 at H = 2048."""
+    p = replace(REAL["qwen3"], tokens=64, groups=groups, rank_gate_up=0, rank_down=0)
+    tile = tile_of("decode_h", p, "sm_90")
+    assert heuristics.base_splits(tile, groups) == min(groups, tile.splits, heuristics.BASE_SPLITS) > 1
+    assert ceil(p.hidden_size / tile.rows) * heuristics.base_splits(tile, groups) >= min(132, 16 * groups)
+
+
 def test_tables_are_packaged(repo, tmp_path):
     assert repo / "resmoe_kernels" / "tuned" == heuristics.TUNED
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):

@@ -1,7 +1,7 @@
 """What the tests of the Triton kernels start on a GPU also compiles for one.
 
-Under the interpreter a branch that no value reaches is never looked at; a compiler looks at all of them. A sample of the
-specialisations is compiled in every run; RESMOE_COMPILE=all compiles every one (about 10 minutes of one core).
+Under the interpreter a branch that no value reaches is never looked at; a compiler looks at all of them. A sample of
+the specialisations is compiled in every run; RESMOE_COMPILE=all compiles every one (about 10 minutes of one core).
 """
 
 from __future__ import annotations
