@@ -13,11 +13,12 @@ constexpr const char* kName = "block_sparse_decode";
 
 using Kernel = void (*)(BlockSparseCall);
 
-// Of the code that was chosen, not of the GPU: sm_86 may run that of sm_80.
+// What the code was compiled as, __CUDA_ARCH__, not the GPU: sm_86 may run the code of sm_80, and sm_120 what
+// its driver makes of the PTX of sm_100.
 cudaError_t stages_of_code(Kernel kernel, int* stages) {
   cudaFuncAttributes attributes{};
   const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-  *stages = block_sparse::stages_of(attributes.binaryVersion * 10);
+  *stages = block_sparse::stages_of(attributes.ptxVersion * 10);
   return error;
 }
 

@@ -14,8 +14,9 @@ const char* start(const LowRankCall& call, cudaStream_t stream, int blocks) {
   cudaFuncAttributes attributes{};
   const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaSuccess) return failed(kName, "no code for this GPU", error, blocks, kThreads, 0);
-  // Of the code that was chosen, not of the GPU: sm_86 may run that of sm_80.
-  const size_t shared = shared_bytes(stages_of(attributes.binaryVersion * 10));
+  // What the code was compiled as, __CUDA_ARCH__, not the GPU: sm_86 may run the code of sm_80, and sm_120
+  // what its driver makes of the PTX of sm_100.
+  const size_t shared = shared_bytes(stages_of(attributes.ptxVersion * 10));
   const Workspace at = workspace_of(call);
   void* flags = static_cast<uint8_t*>(call.workspace) + at.flags;
   return start_cooperative(kName, kernel, call, flags, at.flag_bytes, shared, stream, blocks, kThreads);

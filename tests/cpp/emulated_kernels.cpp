@@ -52,7 +52,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp*, int) { return cudaErrorNotSupported; }
 
-// binaryVersion 0: stages_of() gives what the kernels were compiled with here.
+// ptxVersion 0: stages_of() gives what the kernels were compiled with here.
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   *attributes = {};
   return cudaSuccess;
