@@ -180,8 +180,7 @@ class Configuration:
 def configurations(
     target: str, of: Iterable, launches_of: Callable[[Any, str], list[Launch]] | None = None
 ) -> list[Configuration]:
-    """Of every kernel that the cases start, without compiling; sorted. launches_of(case, target): what a case that is no
-    Case starts"""
+    """Of every kernel that the cases start, without compiling; sorted. launches_of(case, target): what one starts"""
     launches_of = launches_of or launches
     found: dict[tuple[str, ...], Configuration] = {}
     specialised: list[dict] = []

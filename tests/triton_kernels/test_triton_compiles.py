@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import os
 import random
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,14 +18,12 @@ pytest.importorskip("triton", reason="needs triton: pip install resmoe_kernels[g
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted here, not compiled", allow_module_level=True)
 
+from benchmarks.gpu import configurations
+from resmoe_kernels.triton_kernels import experts as experts_triton
+from resmoe_kernels.triton_kernels.launch import recorded
+from tests.kernels.test_experts import FORMS
+
 REPO = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPO / "benchmarks"))
-
-import configurations  # noqa: E402
-from test_experts import FORMS  # noqa: E402
-
-from resmoe_kernels import experts_triton  # noqa: E402
-from resmoe_kernels.launch_triton import recorded  # noqa: E402
 
 TARGET = "sm_90"
 SAMPLE = 8
