@@ -19,6 +19,8 @@ from tests.random_layer import random_layer
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
 
+GPU_TEST_SECONDS = 300  # of one test: three float32 kernels took 133 to 250 s to compile on a loaded machine
+
 # TRITON_INTERPRET=1: this process runs the Triton kernels on the CPU, and nothing else; see make interpret.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore = [] if INTERPRETED else ["triton_kernels/test_triton_interpreter.py"]
@@ -42,10 +44,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=[item for item in items if item not in set(here)])
     items[:] = here
     if torch.cuda.is_available():
+        _limit_gpu_tests(config, items)
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch finds none"))
+
+
+def _limit_gpu_tests(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Kernels that wait for each other can hang, and no signal ends that: the process does, from another thread."""
+    of_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if of_gpu and not config.pluginmanager.hasplugin("timeout"):
+        raise pytest.UsageError("tests on a GPU need pytest-timeout, as a kernel may hang: pip install pytest-timeout")
+    for item in of_gpu:
+        item.add_marker(pytest.mark.timeout(GPU_TEST_SECONDS, method="thread"))
 
 
 @pytest.fixture(scope="session")

@@ -56,11 +56,13 @@ def reference(weights: DenseExperts, d: Draw, activation: str) -> Tensor:
     return y
 
 
-def relative_error(layer: Layer, weights: DenseExperts, shape: Shape, device: str = "cpu") -> float:
-    """The largest over CHECK_TOKENS of ||y - y'|| / ||y||, y the reference's. device: the layer's"""
+def relative_error(
+    layer: Layer, weights: DenseExperts, shape: Shape, device: str = "cpu", tokens: Sequence[int] = CHECK_TOKENS
+) -> float:
+    """The largest over numbers of tokens of ||y - y'|| / ||y||, y the reference's. device: the layer's"""
     generator, errors = torch.Generator().manual_seed(2), []
-    for tokens in CHECK_TOKENS:
-        d = draw(shape, tokens, generator)
+    for count in tokens:
+        d = draw(shape, count, generator)
         expected = reference(weights, d, shape.activation)
         errors.append(float((layer(d.to(device))().cpu().float() - expected).norm() / expected.norm()))
     return math.nan if any(map(math.isnan, errors)) else max(errors)

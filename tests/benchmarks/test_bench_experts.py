@@ -418,6 +418,25 @@ def test_a_form_that_is_wrong_ends_the_run(monkeypatch):
         bench_experts.ours(ODD, "lowrank", arguments, fewest, SimpleNamespace(device="cpu"))
 
 
+def test_the_cuda_kernels_are_checked_within_their_limits(monkeypatch):
+    """They serve up to 16 tokens and no bitmap: the check of every other backend takes 33, and would always refuse."""
+    arguments = type("Arguments", (), {"backend": "cuda", "retain": 0.25})
+    fewest, checked = measure.draw(ODD, 1, torch.Generator().manual_seed(0)), []
+    monkeypatch.setattr(bench_experts, "limits", lambda: (16, 256, 1024))
+
+    def error(layer, weights, shape, device, tokens) -> float:
+        checked.extend(tokens)
+        return 0.5
+
+    monkeypatch.setattr(bench_experts, "relative_error", error)
+    with pytest.raises(SystemExit, match="resmoe lowrank on cuda: the result is wrong"):
+        bench_experts.ours(ODD, "lowrank", arguments, fewest, SimpleNamespace(device="cpu"))
+    assert checked == [1, 16]
+    for form in ("dense", "bitmap"):
+        with pytest.raises(bench_experts.NotServed, match="the cuda kernels do not serve"):
+            bench_experts.ours(ODD, form, arguments, fewest, SimpleNamespace(device="cpu"))
+
+
 def test_layers_are_prepared_where_they_run():
     layers, error = bench_experts.in_own_process(0, ODD, copies=2, threads=1)
     d = measure.draw(ODD, 3, torch.Generator().manual_seed(0))

@@ -5,13 +5,14 @@ import re
 import subprocess
 import sys
 
-import ot
 import pytest
 import torch
 
 from resmoe_kernels.factored import DenseExperts
 from resmoe_kernels.python_ops.solvers import align, assignment
 from resmoe_kernels.python_ops.solvers.align import INITS, barycenter, design_matrix, mean_cosine, split_design
+
+ot = pytest.importorskip("ot", reason="needs pot: pip install 'resmoe_kernels[compress]'")
 
 
 def make_experts(count=4, hidden=6, inter=8, gated=True, bias=False, seed=0, dtype=torch.float32):

@@ -5,13 +5,13 @@ import logging
 
 import numpy as np
 import pytest
-import scipy.optimize
 import torch
 
 import resmoe_kernels.python_ops.solvers.assignment as module
 from resmoe_kernels.ops import assignment, has_cpu_kernel
 from resmoe_kernels.python_ops.solvers.assignment import assign, inner_products, solve
 
+scipy_optimize = pytest.importorskip("scipy.optimize", reason="needs scipy: pip install 'resmoe_kernels[compress]'")
 needs_extension = pytest.mark.skipif(not has_cpu_kernel("assignment"), reason="the extension is not built")
 
 
@@ -65,7 +65,7 @@ def test_solve_is_as_good_as_scipy_and_its_dual_proves_it(score):
     n, size = len(score), float(score.abs().double().sum()) / len(score)
     found = solve(score)
     assert found.permutation.sort().values.equal(torch.arange(n))
-    rows, best = scipy.optimize.linear_sum_assignment(score.double().numpy(), maximize=True)
+    rows, best = scipy_optimize.linear_sum_assignment(score.double().numpy(), maximize=True)
     expected = float(score.double()[rows, best].sum())
     assert found.value == pytest.approx(expected, rel=0, abs=1e-9 * size)
     assert float(score.double()[torch.arange(n), found.permutation].sum()) == pytest.approx(found.value, rel=1e-12)
@@ -118,7 +118,7 @@ def test_scipy_solves_where_the_extension_is_not_built(by_scipy):
     score = torch.from_numpy(products(90, 8)).float()
     found = solve(score)
     assert (found.gap, found.prices) == (0, None)
-    rows, best = scipy.optimize.linear_sum_assignment(score.numpy(), maximize=True)
+    rows, best = scipy_optimize.linear_sum_assignment(score.numpy(), maximize=True)
     assert found.permutation.tolist() == best.tolist()
     assert found.value == pytest.approx(float(score.double()[rows, best].sum()), rel=1e-12)
 
