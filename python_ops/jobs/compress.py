@@ -41,7 +41,7 @@ from resmoe_kernels.python_ops.models.checkpoint import (
     write_tensors,
 )
 from resmoe_kernels.python_ops.models.dense_model import DenseModel, build_on_meta
-from resmoe_kernels.python_ops.models.hf_quantizer import FORMAT_VERSION, PART, QUANT_METHOD, layer_spec
+from resmoe_kernels.python_ops.models.hf_quantizer import PART, QUANT_METHOD, format_version_of, layer_spec
 from resmoe_kernels.python_ops.models.layer import PART_ROUTER
 from resmoe_kernels.python_ops.models.layouts import ExpertsModule, select_layers
 from resmoe_kernels.python_ops.models.placing import KNOWN_AS
@@ -101,7 +101,7 @@ def compress(
     )
     job = {
         "source": fingerprint,
-        "settings": {"method": method, "layers": layers, **chosen_method.settings, **data.described},
+        "settings": {"method": method, "layers": layers, **chosen_method.recorded, **data.described},
     }
     _check_place(source, target)
     unfinished = target.with_name(f".{target.name}.unfinished")
@@ -308,7 +308,7 @@ def _finish(
     write_json({"metadata": {"total_size": total}, "weight_map": weight_map}, folder / INDEX)
     quantization = {
         "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
+        "format_version": format_version_of(layers),
         **job,
         "layers": layers,
     }

@@ -73,6 +73,6 @@ def swap_experts(
             swapped.append(experts.path)
             bar.update()
     if hasattr(model, "config"):
-        config = ResMoEConfig(layers=specs, settings={"method": method, "layers": layers, **chosen_method.settings})
+        config = ResMoEConfig(layers=specs, settings={"method": method, "layers": layers, **chosen_method.recorded})
         mark_as_factored(model, ResMoEQuantizer(config, pre_quantized=True))
     return swapped

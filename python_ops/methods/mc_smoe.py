@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from resmoe_kernels.factored import BLOCK_KEPT, MATRICES, DenseExperts, FactoredExperts
+from resmoe_kernels.parts import parse_payloads, payloads_text
 from resmoe_kernels.python_ops.calibration.statistics import LayerStatistics, Statistics
 from resmoe_kernels.python_ops.methods.method import Compressed, check_known, warn_if_not_smaller, weight_errors
 from resmoe_kernels.python_ops.models.routing import RouterChange, fold, map_slots
@@ -26,6 +27,7 @@ from resmoe_kernels.python_ops.solvers.merge import (
     merged_design,
 )
 from resmoe_kernels.python_ops.solvers.prune import Scale, bitmap, block, block_kept, column_scale
+from resmoe_kernels.python_ops.solvers.rounding import FLOATS, Storage
 from resmoe_kernels.sparse import BLOCK
 
 if TYPE_CHECKING:
@@ -97,6 +99,7 @@ def mc_smoe(
     sparse_layout: str = "block",
     statistics: LayerStatistics | None = None,
     plan: dict[str, Any] | None = None,
+    storage: Storage = FLOATS,
     progress: Progress | None = None,
 ) -> Compressed:
     """Merges a layer's experts into G groups, and compresses what comes of it.
@@ -122,6 +125,7 @@ def mc_smoe(
         the largest of a matrix pair; ``rows`` those rows, each an output's weights, that are largest in the mean. All
         store a bit for every position, 1/16 of a matrix in bfloat16, so whole rows save nothing
     statistics, plan: the layer's, and what ``plan`` said of it; without a plan, groups are those of this layer alone
+    storage: bits of the bases and of U, V and S; what comes after a part is taken against that part as it is stored
 
     Experts that no token reached add nothing to their group, unless none of it was reached: then all add the same, and
     entries count by magnitude alone. Raises ValueError naming the argument, what it may be and what came. Warns where
@@ -169,6 +173,18 @@ def mc_smoe(
         tensors = {f"base_{matrix}": torch.stack(b) for matrix, b in zip(MATRICES, bases, strict=True)}
         index = grouped.group if own else range(number)
         tensors["group"] = torch.tensor(index, dtype=torch.int32, device=experts.gate_up.device)
+    if experts.bias_gate_up is not None:
+        biases = [whole(i)[2] for i in range(number)]
+        tensors["bias_gate_up"] = torch.stack(biases).to(dtype)  # type: ignore[arg-type]
+    if experts.bias_down is not None:
+        tensors["bias_down"] = experts.bias_down if own else merged_bias_down(experts, grouped)
+    sizes_of_layer = {
+        "num_experts": number,
+        "hidden_size": experts.hidden_size,
+        "intermediate_size": experts.intermediate_size,
+        "gated": experts.gated,
+    }
+    factored = storage.layer(FactoredExperts.from_tensors(tensors, **sizes_of_layer)) if tensors else None
     if stage != "merge":
 
         def residual(i: int) -> tuple[Tensor, Tensor]:
@@ -176,8 +192,10 @@ def mc_smoe(
                 progress(f"residual: expert {i + 1} of {number}")
             gate_up, down, _ = whole(i)
             if own:
+                assert factored is not None
                 g = grouped.group[i]
-                gate_up, down = gate_up - tensors["base_gate_up"][g], down - tensors["base_down"][g]
+                gate_up = gate_up - factored.read("base_gate_up", g, torch.float32)
+                down = down - factored.read("base_down", g, torch.float32)
             return gate_up, down
 
         def scale(i: int) -> tuple[Tensor, Tensor]:
@@ -185,20 +203,12 @@ def mc_smoe(
             return scales[0].to(experts.gate_up.device), scales[1].to(experts.gate_up.device)
 
         holds = [sizes[g] > 1 for g in grouped.group] if own else [True] * number
-        parts = _low_rank_and_sparse(residual, holds, experts, retain, density, sparse_layout, scale)
-        tensors.update(parts)
-    if experts.bias_gate_up is not None:
-        biases = [whole(i)[2] for i in range(number)]
-        tensors["bias_gate_up"] = torch.stack(biases).to(dtype)  # type: ignore[arg-type]
-    if experts.bias_down is not None:
-        tensors["bias_down"] = experts.bias_down if own else merged_bias_down(experts, grouped)
-    factored = FactoredExperts(
-        num_experts=number,
-        hidden_size=experts.hidden_size,
-        intermediate_size=experts.intermediate_size,
-        gated=experts.gated,
-        **tensors,  # type: ignore[arg-type]
-    )
+        parts = _low_rank_and_sparse(residual, holds, experts, retain, density, sparse_layout, scale, storage)
+        if parts is not None and factored is not None:
+            text = payloads_text(parse_payloads(factored.payloads) | parse_payloads(parts.payloads))
+            parts = FactoredExperts.from_tensors(factored.tensors() | parts.tensors(), **sizes_of_layer, payloads=text)
+        factored = parts or factored
+    assert factored is not None
 
     change = None
     if number < count:
@@ -265,19 +275,25 @@ def _low_rank_and_sparse(
     density: float,
     sparse_layout: str,
     scale: Scale,
-) -> dict[str, Tensor]:
-    """U V of the residuals and S of the rest; ``holds``: whose residual is not zero."""
+    storage: Storage,
+) -> FactoredExperts | None:
+    """U V of the residuals and S of the rest, as a layer; ``holds``: whose residual is not zero."""
     if not any(holds):
-        return {}
+        return None
     number, dtype = len(holds), like.gate_up.dtype
-    low: dict[str, Tensor] = {}
+    sizes = {
+        "num_experts": number,
+        "hidden_size": like.hidden_size,
+        "intermediate_size": like.intermediate_size,
+        "gated": like.gated,
+    }
+    stored = None
     if retain:
         share = retain if retain == 1 else retain * sum(holds) / number
         low = low_rank(residual, number, retain=share, gated=like.gated, dtype=dtype)
+        stored = storage.layer(FactoredExperts.from_tensors(low, **sizes))
     if not density:
-        return low
-    sizes = {"hidden_size": like.hidden_size, "intermediate_size": like.intermediate_size, "gated": like.gated}
-    stored = FactoredExperts(num_experts=number, **sizes, **low) if low else None  # type: ignore[arg-type]
+        return stored
 
     def rest(i: int) -> tuple[Tensor, Tensor]:
         gate_up, down = residual(i)
@@ -286,9 +302,13 @@ def _low_rank_and_sparse(
         return gate_up - stored.materialize_matrix("gate_up", i), down - stored.materialize_matrix("down", i)
 
     if sparse_layout == "block":
-        return low | block(rest, number, kept=block_kept(density), scale=scale, dtype=dtype)
-    shares = [density * held for held in holds]
-    return low | bitmap(rest, number, retain=shares, rows=sparse_layout == "rows", scale=scale, dtype=dtype)
+        sparse = block(rest, number, kept=block_kept(density), scale=scale, dtype=dtype)
+    else:
+        shares = [density * held for held in holds]
+        sparse = bitmap(rest, number, retain=shares, rows=sparse_layout == "rows", scale=scale, dtype=dtype)
+    if stored is None:
+        return storage.layer(FactoredExperts.from_tensors(sparse, **sizes))
+    return storage.layer(replace(stored, **sparse))  # type: ignore[arg-type]
 
 
 def _scale(statistics: LayerStatistics, grouped: Grouping, members: list[int]) -> tuple[Tensor, Tensor]:

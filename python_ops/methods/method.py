@@ -15,6 +15,7 @@ from resmoe_kernels.factored import MATRICES, DenseExperts, FactoredExperts
 from resmoe_kernels.python_ops.models.layouts import ExpertsModule, find_experts
 from resmoe_kernels.python_ops.models.routing import RouterChange
 from resmoe_kernels.python_ops.solvers.align import relative
+from resmoe_kernels.python_ops.solvers.rounding import FLOATS, Storage
 
 if TYPE_CHECKING:
     from resmoe_kernels.python_ops.calibration.statistics import LayerStatistics, Statistics
@@ -53,6 +54,12 @@ class Method:
     _peak_bytes: Callable[..., int] | None = None
     less_memory: str | None = None  # what to set where there is too little
     fits: bool = False  # under the moments of experts, see LayerMoments
+    storage: Storage = FLOATS
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The settings, those of how the result is stored included, as config.json has them."""
+        return self.settings | self.storage.recorded()
 
     def find(self, model: nn.Module) -> list[ExpertsModule]:
         """The modules it compresses. Raises ValueError if there are none."""
@@ -106,7 +113,7 @@ class Method:
         progress: Callable[[str], None] | None = None,
     ) -> Compressed:
         """Compresses one layer. progress: called with a short phrase after every step."""
-        given = {"plan": plan, "statistics": statistics, "progress": progress}
+        given = {"plan": plan, "statistics": statistics, "progress": progress, "storage": self.storage}
         taken = inspect.signature(self._function).parameters
         return self._function(experts, **self.settings, **{n: v for n, v in given.items() if n in taken})
 
@@ -138,6 +145,10 @@ class Chain:
     @property
     def fits(self) -> bool:
         return self.second.fits
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        return {**self.first.recorded, **self.second.recorded}
 
     @property
     def needs_statistics(self) -> bool:

@@ -28,6 +28,7 @@ from resmoe_kernels.python_ops.solvers.expert_outputs import ExpertOutputs, expe
 from resmoe_kernels.python_ops.solvers.factorize import low_rank_at
 from resmoe_kernels.python_ops.solvers.genetic import SEARCHES, Found, Sets, search
 from resmoe_kernels.python_ops.solvers.reception_field import best_together, runs
+from resmoe_kernels.python_ops.solvers.rounding import FLOATS, Storage
 
 ALLOCATIONS = ("importance", "uniform")
 _MEMORY_LIMIT = 4 << 30  # of all layers' inner products; above it they are files in the temporary folder
@@ -77,6 +78,7 @@ def moe_i2(
     masked: str = "before",
     seed: int = 0,
     plan: dict[str, Any] | None = None,
+    storage: Storage = FLOATS,
     progress: Progress | None = None,
 ) -> Compressed:
     """Compresses a layer of experts as planned: some pruned, the others W_e ~ U_e V_e, without a base.
@@ -101,6 +103,7 @@ def moe_i2(
     masked: whether pruned experts leave ``before`` the router's softmax or ``after``; differs where weights are
         not normalised
     plan: this layer's of ``plan``
+    storage: bits of U and V, and where retain is 1 of the experts
     progress: called with a short phrase after every step
 
     Raises ValueError naming the argument, what it may be and what came. Warns where the result is no smaller.
@@ -129,7 +132,7 @@ def moe_i2(
         tensors = {"group": group, "base_gate_up": experts.gate_up[kept], "base_down": experts.down[kept]}
     else:
         tensors = low_rank_at(weight_of, plan["ranks"], dtype=dtype)
-    factored = FactoredExperts(
+    plain = FactoredExperts(
         num_experts=len(kept),
         hidden_size=experts.hidden_size,
         intermediate_size=experts.intermediate_size,
@@ -138,6 +141,7 @@ def moe_i2(
         bias_down=None if experts.bias_down is None else experts.bias_down[kept],
         **tensors,  # type: ignore[arg-type]
     )
+    factored = storage.layer(plain)
 
     lost, whole = dict.fromkeys(MATRICES, 0.0), dict.fromkeys(MATRICES, 0.0)
     for e in range(len(kept)):

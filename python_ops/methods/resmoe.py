@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,13 +25,14 @@ from resmoe_kernels.python_ops.solvers.align import (
 from resmoe_kernels.python_ops.solvers.budgets import BUDGETS, Curves, allot, weights_of_errors
 from resmoe_kernels.python_ops.solvers.factorize import RANK_BLOCK, low_rank, low_rank_at, low_rank_curves
 from resmoe_kernels.python_ops.solvers.prune import bitmap, bitmap_at, bitmap_curves, block, block_curves, block_kept
+from resmoe_kernels.python_ops.solvers.rounding import FLOATS, Storage, full
 from resmoe_kernels.sparse import BLOCK
 
 if TYPE_CHECKING:
     from resmoe_kernels.python_ops.calibration.statistics import Statistics
     from resmoe_kernels.python_ops.models.dense_model import DenseModel
 
-RESIDUALS = ("lowrank", "sparse")
+RESIDUALS = ("lowrank", "sparse", "full")
 SPARSE_LAYOUTS = ("block", "bitmap")
 
 
@@ -70,14 +71,16 @@ def resmoe(
     init: str = "progressive",
     solver: str = "assignment",
     plan: dict[str, Any] | None = None,
+    storage: Storage = FLOATS,
     progress: Progress | None = None,
 ) -> Compressed:
     """Compresses a layer of experts to a shared base and one residual each.
 
-        B, pi = barycenter(W)          neurons matched across experts, B their mean, in the experts' dtype
+        B, pi = barycenter(W)          neurons matched across experts, B their mean, as it is stored
         Delta_e = W_e[pi_e] - B        against the rounded base, so that its rounding is not lost
         W_e[pi_e] ~ B + U_e V_e        residual="lowrank", see low_rank for ``factorization``
         W_e[pi_e] ~ B + S_e            residual="sparse", see block and bitmap for ``sparse_layout``
+        W_e[pi_e] ~ B + Delta_e        residual="full", in few bits: every place is kept, and ``retain`` not read
 
     An expert does not change when its neurons are permuted, so nothing is permuted back. Biases move with
     their neurons and keep their values. The router stays as it is.
@@ -93,6 +96,7 @@ def resmoe(
         than with that, see benchmarks/results/budgets-*.csv
     init, solver: see barycenter
     plan: this layer's of ``plan``; without one the budget is uniform, and only that can be
+    storage: bits of the base and of the residual; what a plan measures is measured in floats
     progress: called with a short phrase after every step
 
     Raises ValueError naming the argument, what it may be and what came. Warns where the result is no smaller.
@@ -101,6 +105,7 @@ def resmoe(
     instead of being one number; the residual is taken against the base as stored.
     """
     check_settings(residual, retain, factorization, sparse_layout, budget, init, solver)
+    check_storage(storage, residual=residual)
     if budget != "uniform" and not plan:
         raise ValueError(f"plan: budget={budget!r} needs it, because what a layer gets depends on the others; see plan")
     dtype, count = experts.gate_up.dtype, experts.num_experts
@@ -112,8 +117,28 @@ def resmoe(
             progress(f"residual: expert {e + 1} of {count}")
         return aligned.residual(e)
 
-    tensors: dict[str, Tensor]
-    if residual == "lowrank":
+    shared = storage.layer(
+        FactoredExperts(
+            num_experts=count,
+            hidden_size=experts.hidden_size,
+            intermediate_size=experts.intermediate_size,
+            gated=experts.gated,
+            group=torch.zeros(count, dtype=torch.int32, device=experts.gate_up.device),
+            base_gate_up=aligned.base[0].unsqueeze(0),
+            base_down=aligned.base[1].unsqueeze(0),
+            bias_gate_up=_permuted_bias(experts, aligned.permutations),
+            bias_down=experts.bias_down,
+        )
+    )
+    if shared.payloads:
+        aligned = replace(aligned, base=[shared.read(f"base_{m}", 0, torch.float32) for m in MATRICES])
+
+    tensors: dict[str, Tensor] = {}
+    if residual == "full":
+        payload = storage.payload("values_gate_up")
+        assert payload is not None  # check_storage
+        shared = full(shared, residual_of, payload)
+    elif residual == "lowrank":
         how = {"factorization": factorization, "gated": experts.gated, "dtype": dtype}
         if allotted:
             tensors = low_rank_at(residual_of, allotted, **how)
@@ -127,19 +152,8 @@ def resmoe(
     else:
         tensors = block(residual_of, count, kept=allotted or block_kept(retain), dtype=dtype)
 
-    factored = FactoredExperts(
-        num_experts=count,
-        hidden_size=experts.hidden_size,
-        intermediate_size=experts.intermediate_size,
-        gated=experts.gated,
-        factorization=factorization if residual == "lowrank" else "stacked",
-        group=torch.zeros(count, dtype=torch.int32, device=experts.gate_up.device),
-        base_gate_up=aligned.base[0].unsqueeze(0),
-        base_down=aligned.base[1].unsqueeze(0),
-        bias_gate_up=_permuted_bias(experts, aligned.permutations),
-        bias_down=experts.bias_down,
-        **tensors,  # type: ignore[arg-type]
-    )
+    stacked = "stacked" if residual != "lowrank" else factorization
+    factored = storage.layer(replace(shared, factorization=stacked, **tensors))  # type: ignore[arg-type]
 
     lost, whole = dict.fromkeys(MATRICES, 0.0), dict.fromkeys(MATRICES, 0.0)
     for e in range(count):
@@ -285,11 +299,11 @@ def plan(
     ]
 
 
-def peak_bytes(experts: DenseExperts, *, solver: str, retain: float, **_: Any) -> int:
+def peak_bytes(experts: DenseExperts, *, solver: str, retain: float, residual: str, **_: Any) -> int:
     """Bytes at the peak, the layer of E experts included; its tensors may be on meta.
 
         max of align      layer + 4 design + scores, or, with POT, layer + (2 E + 2) design64 + 4 scores64
-               residual   layer + base + min(2.5 retain, 1) layer + 3 design
+               residual   layer + base + min(2.5 retain, 1) layer + 3 design      1/2 layer for a full one
 
     design: (I, D), one expert in float32;  scores: (I, I);  of 64: in float64. Of the layers of
     benchmarks/results/layer.csv, which took 6.0, 2.1 and 2.2 GiB with the process around, it says 6.6, 1.8 and 1.9.
@@ -298,10 +312,11 @@ def peak_bytes(experts: DenseExperts, *, solver: str, retain: float, **_: Any) -
     design = 4 * sum(m.numel() for m in (experts.gate_up, experts.down)) // count
     scores = 4 * experts.intermediate_size**2
     align = layer + 4 * design + scores
-    residual = int(layer * (1 + 1 / count + min(2.5 * retain, 1))) + 3 * design
+    share = 0.5 if residual == "full" else min(2.5 * retain, 1)
+    fitting = int(layer * (1 + 1 / count + share)) + 3 * design
     if solver == "pot":
         align = layer + 2 * ((2 * count + 2) * design + 4 * scores)
-    return max(align, residual)
+    return max(align, fitting)
 
 
 def less_memory(*, solver: str, **_: Any) -> str | None:
@@ -324,6 +339,8 @@ def check_settings(
     check_known("solver", solver, SOLVERS)
     if not 0 < retain <= 1:
         raise ValueError(f"retain: must be in (0, 1], got {retain}")
+    if residual == "full" and budget != "uniform":
+        raise ValueError(f"budget: a full residual has nothing to allot, so it must be uniform, got {budget!r}")
     if (residual, sparse_layout) == ("sparse", "block"):
         block_kept(retain)
         if budget != "uniform" and retain < BLOCK_KEPT[0] / BLOCK:
@@ -331,6 +348,14 @@ def check_settings(
                 f"retain: the block layout keeps at least {BLOCK_KEPT[0]} of {BLOCK}, so that a mean is at least "
                 f"{BLOCK_KEPT[0] / BLOCK}, got {retain}; use sparse_layout='bitmap', or budget='uniform' to round up"
             )
+
+
+def check_storage(storage: Storage, *, residual: str, **_: Any) -> None:
+    """Raises ValueError where a full residual is not to be codes."""
+    if residual == "full" and storage.of_part(base=False) is None:
+        raise ValueError(
+            "residual: 'full' needs bits, 8, 4, 3 or 2, or residual_bits; in floats it would be larger than the layer"
+        )
 
 
 def _permuted_bias(experts: DenseExperts, permutations: Tensor) -> Tensor | None:

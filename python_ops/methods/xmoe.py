@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from resmoe_kernels.factored import DenseExperts, FactoredExperts
+from resmoe_kernels.factored import MATRICES, DenseExperts, FactoredExperts
 from resmoe_kernels.python_ops.calibration.statistics import LayerStatistics, Statistics
 from resmoe_kernels.python_ops.methods.method import Compressed, check_known
 from resmoe_kernels.python_ops.models.layouts import DenseFFN, ExpertsModule, find_experts
@@ -24,7 +24,8 @@ from resmoe_kernels.python_ops.models.routing import (
     part_shares,
     select,
 )
-from resmoe_kernels.python_ops.solvers.align import Progress
+from resmoe_kernels.python_ops.solvers.align import Progress, relative, squared_norm
+from resmoe_kernels.python_ops.solvers.rounding import FLOATS, Storage
 from resmoe_kernels.python_ops.solvers.split import (
     co_active,
     contiguous,
@@ -46,7 +47,7 @@ _log = logging.getLogger("resmoe_kernels")
 class Report:
     """What was decided for one layer; plain numbers, so that ``dataclasses.asdict`` makes JSON.
 
-    relative_error: of the weights, always 0: none is changed. What is lost is lost by not using all of them
+    relative_error: of the weights, 0 in floats: none is changed. What is lost then is lost by not using all of them
     threshold, part_mass: as calibrated;  parts: of every expert
     experts_per_token: over the sampled tokens of calibration, mean, parts counted as fractions; None without
     experts_without_data: numbers of those that met too few tokens to be split by their activations
@@ -77,6 +78,7 @@ def xmoe(
     parts_per_token: float | None = None,
     statistics: LayerStatistics | None = None,
     plan: dict[str, Any],
+    storage: Storage = FLOATS,
     progress: Progress | None = None,
 ) -> Compressed:
     """Makes the number of experts a token uses depend on the token, and experts finer. No weight is changed.
@@ -100,6 +102,7 @@ def xmoe(
         are read only where not all parts are kept
     part_mass: in (0, 1]; 1 keeps all parts, and is exact;  parts_per_token: in its place, the mean number of parts
     statistics: of this layer;  plan: this layer's, from ``plan``;  progress: called after every step
+    storage: bits of the experts, each a base of its own
 
     The result is not smaller, and it is meant to be faster: work is that of the experts used, there is no capacity.
     ``xmoe+resmoe`` compresses what this leaves.
@@ -138,7 +141,7 @@ def xmoe(
 
     scores = scoring if rule is not None and rule.over == "all" else None
     change = RouterChange(scoring=scores, threshold=rule, parts=parts, part_mass=part_mass)
-    factored = FactoredExperts(
+    plain = FactoredExperts(
         num_experts=dense.num_experts,
         hidden_size=dense.hidden_size,
         intermediate_size=dense.intermediate_size,
@@ -149,8 +152,9 @@ def xmoe(
         bias_gate_up=dense.bias_gate_up,
         bias_down=dense.bias_down,
     )
+    factored = storage.layer(plain)
     report = Report(
-        relative_error=0.0,
+        relative_error=_rounding_error(dense, factored) if factored.payloads else 0.0,
         threshold=None if rule is None else rule.mass,
         parts=parts,
         part_mass=part_mass,
@@ -160,6 +164,16 @@ def xmoe(
         bytes_now=factored.nbytes() + (0 if router is None else router.numel() * router.element_size()),
     )
     return Compressed(factored, report, change, router)
+
+
+def _rounding_error(dense: DenseExperts, factored: FactoredExperts) -> float:
+    lost = whole = 0.0
+    for e in range(dense.num_experts):
+        for matrix in MATRICES:
+            weight = getattr(dense, matrix)[e].float()
+            whole += squared_norm(weight)
+            lost += squared_norm(weight - factored.materialize_matrix(matrix, e))
+    return relative(lost, whole)
 
 
 def check_settings(

@@ -20,7 +20,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from resmoe_kernels.factored import TENSOR_NAMES, FactoredExperts
+from resmoe_kernels.factored import PARTS, TENSOR_NAMES, FactoredExperts
 from resmoe_kernels.python_ops.models.checkpoint import read_config
 from resmoe_kernels.python_ops.models.layer import PART_ROUTER, FactoredExpertsLayer
 from resmoe_kernels.python_ops.models.layouts import experts_or_ffns
@@ -37,7 +37,7 @@ from resmoe_kernels.python_ops.models.routing import RouterChange
 from resmoe_kernels.python_ops.models.sub_configs import configs_with_layers, sub_configs
 
 QUANT_METHOD = "resmoe"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: floats alone, no residual without a mask
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -48,7 +48,8 @@ class ResMoEConfig(QuantizationConfigMixin):
         where the router changes, "router": {...}, see RouterChange
     settings: how it was compressed;  source: fingerprint of the dense checkpoint, None if compressed in memory
     layers_in: of a part's config, the file of the folder whose own quantization_config has the layers
-    format_version: refused with ValueError where newer than this package's
+    format_version: refused with ValueError where newer than this package's. What is written is the least that can hold
+        the layers, see format_version_of, so that a package that knows only that one reads them
     """
 
     def __init__(
@@ -66,16 +67,16 @@ class ResMoEConfig(QuantizationConfigMixin):
                 "this resmoe_kernels reads: upgrade resmoe_kernels"
             )
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        self.format_version = format_version
         self.settings = settings or {}
         self.source = source
         self.layers = layers or {}
+        self.format_version = format_version_of(self.layers)
         if layers_in is not None:
             self.layers_in = layers_in
 
 
 # What stands in a part's config beside ``experts_implementation``.
-PART = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "layers_in": "config.json"}
+PART = {"quant_method": QUANT_METHOD, "format_version": 1, "layers_in": "config.json"}
 
 
 @register_quantizer(QUANT_METHOD)
@@ -147,6 +148,12 @@ class ResMoEQuantizer(HfQuantizer):
         return True
 
 
+def format_version_of(layers: dict[str, dict[str, Any]]) -> int:
+    """2 where a layer has codes or a full residual, else 1."""
+    described = [described_weights(spec) for spec in layers.values()]
+    return 2 if any(w.declined_payload() is not None for w in described) else 1
+
+
 def check_complete(layers: dict[str, Any], names: Iterable[str]) -> None:
     """Raises ValueError unless a checkpoint's config describes as many factored tensors as its shards hold.
 
@@ -185,8 +192,11 @@ def layer_spec(
     weights: FactoredExperts, change: RouterChange | None = None, part_router: Tensor | None = None
 ) -> dict[str, Any]:
     """A layer as config.json stores it, but for its report."""
+    sizes = weights.sizes()
+    if not sizes["payloads"]:
+        del sizes["payloads"]  # which version 1 does not know
     spec: dict[str, Any] = {
-        "sizes": weights.sizes(),
+        "sizes": sizes,
         "tensors": {name: _tensor_spec(tensor) for name, tensor in weights.tensors().items()},
     }
     if change is not None and change != RouterChange():
@@ -215,8 +225,12 @@ def mark_as_factored(model: nn.Module, quantizer: HfQuantizer) -> None:
 
 
 def described_weights(spec: dict[str, Any], dtype: torch.dtype | None = None) -> FactoredExperts:
-    """The layer that config.json describes, on meta; floating point in ``dtype`` where given, else as stored."""
-    tensors = {name: _described(tensor, dtype) for name, tensor in spec["tensors"].items()}
+    """The layer that config.json describes, on meta; floating point but for scales in ``dtype`` where given, else as
+    stored."""
+    tensors = {
+        name: _described(tensor, None if name in PARTS and PARTS[name].holds == "scales" else dtype)
+        for name, tensor in spec["tensors"].items()
+    }
     return FactoredExperts.from_tensors(tensors, **spec["sizes"])
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from resmoe_kernels import experts_reference
-from resmoe_kernels.factored import SIZE_NAMES, TENSOR_NAMES, FactoredExperts
+from resmoe_kernels.factored import PARTS, SIZE_NAMES, TENSOR_NAMES, FactoredExperts
 from resmoe_kernels.ops import backends, experts_flat, experts_packed, explain
 from resmoe_kernels.packed import PackedExperts, declines
 from resmoe_kernels.python_ops.models.routing import RouterChange, choose_parts, fold, keep_mass, map_slots
@@ -127,15 +128,20 @@ class FactoredExpertsLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         if self.packed is not None:
-            sample = torch.empty(1, dtype=_payload_dtype(self.packed.form), device="cpu")
-            if fn(sample) is sample:  # to where and what it already is: every to("cpu") would pack all layers anew
-                return self
+            dtypes = self.packed.form.dtypes() or {torch.uint8}  # of codes, which no conversion changes
+            samples = [torch.empty(1, dtype=dtype, device="cpu") for dtype in dtypes]
+            if all(fn(sample) is sample for sample in samples):
+                return self  # to where and what it already is: every to("cpu") would pack all layers anew
             self.unpack()
-        super()._apply(fn, recurse)
+        super()._apply(partial(_keeping_dtype, fn, self._scales()), recurse)
         if self._packs:
             with suppress(ValueError):  # contents of to_empty, which calls refuse and load_state_dict replaces
                 self.pack()
         return self
+
+    def _scales(self) -> list[nn.Parameter]:
+        named = self._parameters.items()
+        return [p for name, p in named if p is not None and name in PARTS and PARTS[name].holds == "scales"]
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         if self.packed is None:
@@ -157,13 +163,16 @@ class FactoredExpertsLayer(nn.Module):
     def make_differentiable(self, *, train: bool) -> None:
         """Runs by the reference from now on, which has gradients; the op has none.
 
-        train: whether the layer's own floating-point parameters get gradients, or only what comes before it
+        train: whether the layer's own floating-point parameters, but for scales of codes, get gradients, or only what
+            comes before it
         """
         self.unpack()
         self._packs = False
         self.differentiable = True
+        scales = self._scales()
         for parameter in self.parameters():
-            parameter.requires_grad_(train and parameter.is_floating_point())
+            learns = parameter.is_floating_point() and not any(parameter is scale for scale in scales)
+            parameter.requires_grad_(train and learns)
 
     def end_training(self) -> None:
         """Runs by the op again, frozen, and packed where that is served."""
@@ -196,13 +205,20 @@ class FactoredExpertsLayer(nn.Module):
     def extra_repr(self) -> str:
         parts = [f"E={self.num_experts}, H={self.hidden_size}, I={self.intermediate_size}", self.activation]
         parts += [n for n in ("base_gate_up", "u_gate_up", "mask_gate_up") if self._parameters[n] is not None]
+        if self._parameters["mask_gate_up"] is None and self._parameters["values_gate_up"] is not None:
+            parts.append("values_gate_up")  # the full residual
+        parts += str(self.payloads).split()
         if described := self.router_change.describe():
             parts.append(described)
         return ", ".join(parts)
 
 
-def _payload_dtype(form: FactoredExperts) -> torch.dtype:
-    return next(t.dtype for t in form.tensors().values() if t.is_floating_point())
+def _keeping_dtype(fn: Callable[[Tensor], Tensor], scales: list[nn.Parameter], tensor: Tensor) -> Tensor:
+    """``fn``, which ``model.half()`` and others apply to each tensor; of scales, which are bfloat16 by definition, as
+    if they were numbers that no conversion of floats concerns."""
+    if any(tensor is scale for scale in scales):
+        return fn(tensor.view(torch.int16)).view(torch.bfloat16)
+    return fn(tensor)
 
 
 class OneHotExpertsLayer(FactoredExpertsLayer):

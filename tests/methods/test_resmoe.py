@@ -325,7 +325,7 @@ def test_block_rounds_retain_down_to_what_the_layout_has(retain, kept):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"residual": "dense"}, r"^residual: must be one of lowrank, sparse, got 'dense'$"),
+        ({"residual": "dense"}, r"^residual: must be one of lowrank, sparse, full, got 'dense'$"),
         ({"factorization": "cp"}, r"^factorization: must be one of stacked, separate, joint, got 'cp'$"),
         ({"sparse_layout": "csr"}, r"^sparse_layout: must be one of block, bitmap, got 'csr'$"),
         ({"solver": "emd"}, r"^solver: must be one of assignment, pot, got 'emd'$"),
