@@ -20,7 +20,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from resmoe_kernels.factored import PARTS, TENSOR_NAMES, FactoredExperts
+from resmoe_kernels.factored import MATRICES, PARTS, TENSOR_NAMES, FactoredExperts
 from resmoe_kernels.python_ops.models.checkpoint import read_config
 from resmoe_kernels.python_ops.models.layer import PART_ROUTER, FactoredExpertsLayer
 from resmoe_kernels.python_ops.models.layouts import experts_or_ffns
@@ -150,8 +150,11 @@ class ResMoEQuantizer(HfQuantizer):
 
 def format_version_of(layers: dict[str, dict[str, Any]]) -> int:
     """2 where a layer has codes or a full residual, else 1."""
-    described = [described_weights(spec) for spec in layers.values()]
-    return 2 if any(w.declined_payload() is not None for w in described) else 1
+    for spec in layers.values():
+        full = any(f"values_{m}" in spec["tensors"] and f"mask_{m}" not in spec["tensors"] for m in MATRICES)
+        if full or spec["sizes"].get("payloads"):
+            return 2
+    return 1
 
 
 def check_complete(layers: dict[str, Any], names: Iterable[str]) -> None:

@@ -101,9 +101,9 @@ def test_saved_in_another_dtype_the_sizes_follow(factored, tmp_path):
 
 def test_a_format_from_the_future_is_refused(copy):
     config = json.loads((copy / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"]["format_version"] = 3
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="format_version 2, newer than the 1 this resmoe_kernels reads: upgrade"):
+    with pytest.raises(ValueError, match="format_version 3, newer than the 2 this resmoe_kernels reads: upgrade"):
         AutoModelForCausalLM.from_pretrained(copy)
 
 
