@@ -57,6 +57,7 @@ class ExpertsModule:
                 change_choice(self.router(model), change)
             layer.change_routing(change, part_router)
         model.set_submodule(self.path, layer)
+        untie(model, self.path)
         return layer
 
     def router(self, model: nn.Module) -> nn.Module:
@@ -101,6 +102,16 @@ class ExpertsModule:
         """Of modules that hold one matrix per expert: those named by the pattern; None where there are none."""
         names = [name.format(i) for i in range(len(self.module))]  # type: ignore[arg-type]
         return torch.stack([parameters[n] for n in names]) if names[0] in parameters else None
+
+
+def untie(model: nn.Module, path: str) -> None:
+    """Takes the parameters below a module that was replaced out of what transformers ties.
+
+    Experts of two modules (encoder and decoder of DiffusionGemma) are then two layers, each with its own factors.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for target in [pair[0] for pair in tied.items() if any(name.startswith(f"{path}.") for name in pair)]:
+        del tied[target]
 
 
 def linears(module: nn.Module) -> set[str]:
