@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from resmoe_kernels.python_ops.calibration.layer_moments import LayerMoments, MomentSums
 from resmoe_kernels.python_ops.calibration.statistics import MOMENTS, LayerStatistics, Statistics, moments_file
 from resmoe_kernels.python_ops.models.dense_model import DenseModel
+from resmoe_kernels.python_ops.models.layouts import DenseFFN
 from resmoe_kernels.python_ops.models.text import encode, read_text
 from resmoe_kernels.python_ops.solvers.expert_outputs import expert_output, hidden_activations
+
+_log = logging.getLogger("resmoe_kernels")
 
 WINDOW_CAP = 512  # MC-SMoE's
 DEFAULT_TOKENS = 65_536
@@ -84,6 +88,8 @@ def collect(
     of_layer: dict[int, list[int]] = {}
     for i in range(len(model.experts)):
         of_layer.setdefault(model.decoder_layer_of(i), []).append(i)
+        if not isinstance(model.experts[i], DenseFFN):
+            model.experts[i].router(model.module)  # so that what cannot be watched is said before the work
     last = max(of_layer)
     with torch.inference_mode(), tqdm(total=last + 1, desc="calibrating", unit="layer", disable=not progress) as bar:
         hidden = model.embed(token_ids)
@@ -97,6 +103,9 @@ def collect(
                         collector.remove()
                 for i, collector in collectors.items():
                     path = model.experts[i].path
+                    if not collector.seen:  # experts of images, say
+                        _log.warning("%s: no token of the text comes there; nothing is known of this layer", path)
+                        continue
                     layers[path] = collector.statistics(None if file is None else moments_file(file, path))
                 del collectors
             bar.update()

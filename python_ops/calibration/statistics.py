@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,15 @@ class Statistics:
     layers: dict[str, LayerStatistics]
     origin: dict[str, Any]
     token_ids: Tensor
+
+    def check_holds(self, paths: Iterable[str]) -> None:
+        """Raises ValueError naming the first layer of which nothing was collected."""
+        for path in paths:
+            if path not in self.layers:
+                raise ValueError(
+                    f"statistics: hold nothing of {path}; calibrate this model, or leave out of layers what no token "
+                    "of a text comes to"
+                )
 
     def save(self, path_of: Path | str) -> None:
         """Writes one safetensors file, and the moments of experts that are in memory beside it, a file for each layer,

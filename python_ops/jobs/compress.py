@@ -118,6 +118,8 @@ def compress(
     consumed = {n for experts in chosen for n in reader.names_on_disk(experts.path, experts.parameter_names)}
     _check_whole(reader, chosen, consumed)
     whole = DenseModel(dense, reader, found)
+    numbers = [found.index(experts) for experts in chosen]
+    chosen_method.check_model(whole, numbers)
     workers = min(workers, len(chosen))
     layer_bytes = max(_peak_bytes(chosen_method, experts) for experts in chosen)
     if engine == "processes" and (workers > 1 or chosen_method.says_memory):
@@ -130,8 +132,9 @@ def compress(
         folder.mkdir(exist_ok=True)
         specs.mkdir(exist_ok=True)
         _carry_over(source, consumed, folder, progress)  # first: what is wrong there should not cost the layers
-        numbers = [found.index(experts) for experts in chosen]
         statistics = data.statistics(whole, target.parent, progress)
+        if statistics is not None:
+            statistics.check_holds(experts.path for experts in chosen)
 
         def tasks(plans: Sequence[dict[str, Any]]) -> list[_Layer]:
             return [

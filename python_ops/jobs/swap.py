@@ -49,10 +49,10 @@ def swap_experts(
             check_finite(f"{experts.path}.{name}", parameter)
     specs: dict[str, Any] = {} if before is None else dict(before.layers)  # of an earlier swap
     if statistics is not None:
-        for experts in chosen:
-            if experts.path not in statistics.layers:
-                raise ValueError(f"statistics: hold nothing of {experts.path}; calibrate this model")
-    plans = chosen_method.plan(dense, [dense.experts.index(e) for e in chosen], statistics, progress)
+        statistics.check_holds(experts.path for experts in chosen)
+    numbers = [dense.experts.index(e) for e in chosen]
+    chosen_method.check_model(dense, numbers)
+    plans = chosen_method.plan(dense, numbers, statistics, progress)
     dense.experts.clear()  # which would keep the dense weights
     swapped = []
     with tqdm(total=len(chosen), desc="compressing", unit="layer", disable=not progress) as bar:

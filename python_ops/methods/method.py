@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from resmoe_kernels.factored import MATRICES, DenseExperts, FactoredExperts
-from resmoe_kernels.python_ops.models.layouts import ExpertsModule, find_experts
+from resmoe_kernels.python_ops.models.layouts import DenseFFN, ExpertsModule, find_experts
 from resmoe_kernels.python_ops.models.routing import RouterChange
 from resmoe_kernels.python_ops.solvers.align import relative
 from resmoe_kernels.python_ops.solvers.rounding import FLOATS, Storage
@@ -55,6 +55,7 @@ class Method:
     less_memory: str | None = None  # what to set where there is too little
     fits: bool = False  # under the moments of experts, see LayerMoments
     storage: Storage = FLOATS
+    _check_model: Callable[..., None] | None = None
 
     @property
     def recorded(self) -> dict[str, Any]:
@@ -64,6 +65,15 @@ class Method:
     def find(self, model: nn.Module) -> list[ExpertsModule]:
         """The modules it compresses. Raises ValueError if there are none."""
         return find_experts(model) if self._find is None else self._find(model)
+
+    def check_model(self, model: DenseModel, chosen: Sequence[int]) -> None:
+        """Raises ValueError if the method cannot do with these layers of ``model.experts``; cheap, before all work."""
+        if self.needs_statistics:
+            for i in range(len(model.experts)):  # all of which a calibration watches
+                if not isinstance(model.experts[i], DenseFFN):
+                    model.experts[i].router(model.module)
+        if self._check_model is not None:
+            self._check_model(model, chosen)
 
     @property
     def says_memory(self) -> bool:
@@ -156,6 +166,10 @@ class Chain:
 
     def find(self, model: nn.Module) -> list[ExpertsModule]:
         return self.first.find(model)
+
+    def check_model(self, model: DenseModel, chosen: Sequence[int]) -> None:
+        self.first.check_model(model, chosen)
+        self.second.check_model(model, chosen)
 
     def plan(
         self,

@@ -205,6 +205,12 @@ def check_settings(
 # ---- the plan
 
 
+def check_model(model: DenseModel, chosen: Sequence[int]) -> None:
+    """Raises ValueError if a router scores in a way that is not known: its choice among the kept cannot be told."""
+    for i in chosen:
+        model.scoring(i)
+
+
 def plan(
     model: DenseModel,
     chosen: Sequence[int],
@@ -291,7 +297,8 @@ def _survey(model: DenseModel, i: int, statistics: Statistics, masked: str, file
     sample = statistics.layers[found.path]
     with model.layer_in_memory(model.decoder_layer_of(i)):
         experts = found.read({name: p.detach() for name, p in found.module.named_parameters()})
-        scoring, bias = model.scoring(i), correction_bias(found.router(model.module))
+        block = model.module.get_submodule(found.path.rpartition(".")[0])
+        scoring, bias = model.scoring(i), correction_bias(found.router(model.module), block)
         bias = None if bias is None else bias.detach().float().cpu()
         outputs = expert_outputs(
             experts,

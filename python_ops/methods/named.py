@@ -107,4 +107,5 @@ def _method(name: str, settings: dict[str, Any], storage: Storage) -> Method:
         module.less_memory(**settings) if hasattr(module, "less_memory") else None,
         module.fits(**settings) if hasattr(module, "fits") else False,
         storage=storage,
+        _check_model=getattr(module, "check_model", None),
     )

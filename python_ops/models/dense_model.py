@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,13 @@ class Hidden:
     """Tokens on their way through the decoder: what enters some layer, in batches of whole windows.
 
     token_ids: each (windows, L) int64;  states: each (windows, L, H) in the model's dtype
+    beside: what the last layer returned with the state, such as the keys that a sparse attention chose, for the layer
+        that follows; None where it returned the state alone
     """
 
     token_ids: list[Tensor]
     states: list[Tensor]
+    beside: list[tuple[Any, ...] | None]
 
     def distance(self, other: Hidden) -> float:
         """||X - Y||_F of the states, summed in float64."""
@@ -87,7 +91,8 @@ class DenseModel:
         if self.reader is not None:
             self._bring_in_what_is_outside_of_layers()
         batches = list(token_ids.split(max(1, _BATCH_TOKENS // token_ids.shape[1])))
-        return Hidden(batches, [self._through(ids, None, None) for ids in batches])
+        made = [self._through(ids, None, None, None) for ids in batches]
+        return Hidden(batches, *map(list, zip(*made, strict=True)))  # type: ignore[arg-type]
 
     def run(self, hidden: Hidden, start: int, stop: int, changes: Mapping[int, RouterChange] | None = None) -> Hidden:
         """What leaves decoder layer ``stop - 1``, given what enters layer ``start``.
@@ -98,13 +103,12 @@ class DenseModel:
         with ExitStack() as stack:
             for i, change in (changes or {}).items():
                 stack.callback(change_choice(self.experts[i].router(self.module), change).remove)
-            states = hidden.states
             for number in range(start, stop):
                 with self.layer_in_memory(number):
-                    states = [
-                        self._through(ids, number, state) for ids, state in zip(hidden.token_ids, states, strict=True)
-                    ]
-        return Hidden(hidden.token_ids, states)
+                    batches = zip(hidden.token_ids, hidden.states, hidden.beside, strict=True)
+                    made = [self._through(ids, number, state, beside) for ids, state, beside in batches]
+                hidden = Hidden(hidden.token_ids, *map(list, zip(*made, strict=True)))  # type: ignore[arg-type]
+        return hidden
 
     @contextmanager
     def layer_in_memory(self, number: int) -> Iterator[nn.Module]:
@@ -122,10 +126,13 @@ class DenseModel:
             layer.load_state_dict(empty, assign=True)
 
     @torch.inference_mode()
-    def _through(self, token_ids: Tensor, number: int | None, state: Tensor | None) -> Tensor:
+    def _through(
+        self, token_ids: Tensor, number: int | None, state: Tensor | None, beside: tuple[Any, ...] | None
+    ) -> tuple[Tensor, tuple[Any, ...] | None]:
         """The output of one decoder layer for ``state``, or the input of the first where ``number`` is None.
 
-        The model's own forward prepares masks and positions for each layer; the other layers are passed over.
+        The model's own forward prepares masks and positions for each layer; the other layers are passed over, and what
+        the one before returned ``beside`` the state is handed on.
         """
 
         def stand_in(index: int):
@@ -133,11 +140,11 @@ class DenseModel:
 
             def forward(hidden_states, *args, **kwargs):
                 if number is None:
-                    raise _Reached(hidden_states)
+                    raise _Reached(hidden_states, None)
                 if index != number:
-                    return hidden_states
+                    return hidden_states if beside is None else (hidden_states, *beside)
                 output = own(state, *args, **kwargs)
-                raise _Reached(output[0] if isinstance(output, tuple) else output)
+                raise _Reached(output[0], output[1:]) if isinstance(output, tuple) else _Reached(output, None)
 
             return forward
 
@@ -152,7 +159,7 @@ class DenseModel:
                 device = self.module.get_input_embeddings().weight.device  # type: ignore[operator]
                 self.module(token_ids.to(device), use_cache=False)
             except _Reached as reached:
-                return reached.hidden_states
+                return reached.hidden_states, reached.beside
             finally:
                 self.module.train(training)
         raise ValueError(f"{type(self.module).__name__}: its forward does not call the layers of {self._layers_path}")
@@ -186,8 +193,8 @@ class DenseModel:
 class _Reached(BaseException):
     """Leaves a model's forward with what was wanted; not an Exception, so that no model's code holds it up."""
 
-    def __init__(self, hidden_states: Tensor) -> None:
-        self.hidden_states = hidden_states
+    def __init__(self, hidden_states: Tensor, beside: tuple[Any, ...] | None) -> None:
+        self.hidden_states, self.beside = hidden_states, beside
 
 
 def _list_above(module: nn.Module, path: str) -> str | None:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from resmoe_kernels.factored import DenseExperts, FactoredExperts
 from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer
-from resmoe_kernels.python_ops.models.routers import change_choice, find_router, read_scoring
+from resmoe_kernels.python_ops.models.routers import change_choice, find_router, logits_in, read_scoring
 from resmoe_kernels.python_ops.models.routing import RouterChange, Scoring
 
 Watcher = Callable[[Tensor, Tensor, Tensor, Tensor], None]
@@ -66,7 +66,7 @@ class ExpertsModule:
 
     def scoring(self, model: nn.Module) -> Scoring:
         """How that router scores. Raises ValueError if that is not known."""
-        return read_scoring(self.router(model), self.path)
+        return read_scoring(self.router(model), self.path, self.num_experts)
 
     def watch(self, model: nn.Module, called: Watcher) -> list[RemovableHandle]:
         """Calls ``called(x, index, weight, logits)`` whenever the dense module runs, until the handles are removed.
@@ -79,8 +79,11 @@ class ExpertsModule:
             x, index, weight = (*positional, *named.values())
             called(x, index, weight, logits.pop())
 
+        def on_router(module, _, output) -> None:
+            logits.append(logits_in(output, module, self.num_experts))
+
         return [
-            self.router(model).register_forward_hook(lambda module, _, output: logits.append(output[0])),
+            self.router(model).register_forward_hook(on_router),
             self.module.register_forward_pre_hook(on_experts, with_kwargs=True),
         ]
 

@@ -8,8 +8,9 @@ they are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -25,7 +26,10 @@ from resmoe_kernels.python_ops.models.layer import (
     OneHotExpertsLayer,
     SelfRoutedExpertsLayer,
 )
+from resmoe_kernels.python_ops.models.probing import refusal_of_mlp
 from resmoe_kernels.python_ops.models.unflagged_layouts import UNFLAGGED
+
+_log = logging.getLogger("resmoe_kernels")
 
 
 class StackedExperts(ExpertsModule):
@@ -95,6 +99,12 @@ class OneHotExperts(ExpertsModule):
         names = [f"expert_{i}" for i in range(len(module))]
         return list(module) == names and all(linears(module[n]) == {"wi", "wo"} for n in names)
 
+    def refusal(self) -> str | None:
+        first = self.module["expert_0"]  # type: ignore[index]
+        inner, hidden = first.wi.weight.shape
+        alone = type(self)("", nn.ModuleDict({"expert_0": first}))
+        return refusal_of_mlp(first, hidden, inner, lambda p: alone.read(_below("expert_0", p)), self.activation)
+
     def read(self, parameters: Mapping[str, Tensor]) -> DenseExperts:
         first, down, bias_first, bias_down = (
             self._stack(parameters, f"expert_{{}}.{name}") for name in ("wi.weight", "wo.weight", "wi.bias", "wo.bias")
@@ -130,6 +140,12 @@ class SelfRoutedExperts(ExpertsModule):
             and callable(getattr(parent, "moe_infer", None))
         )
 
+    def refusal(self) -> str | None:
+        first = self.module[0]  # type: ignore[index]
+        inner, hidden = first.gate_proj.weight.shape
+        alone = type(self)("", nn.ModuleList([first]))
+        return refusal_of_mlp(first, hidden, inner, lambda p: alone.read(_below("0", p)), self.activation)
+
     def read(self, parameters: Mapping[str, Tensor]) -> DenseExperts:
         gate, up, down, bias_gate, bias_up, bias_down = (
             self._stack(parameters, f"{{}}.{m}_proj.{kind}")
@@ -160,6 +176,10 @@ class DenseFFN(ExpertsModule):
     def covers(cls, module: nn.Module, parent: nn.Module | None) -> bool:
         mlp = {"gate_proj", "up_proj", "down_proj"}
         return linears(module) == mlp and hasattr(module, "act_fn") and not _own_parameters(module)
+
+    def refusal(self) -> str | None:
+        inner, hidden = self.module.gate_proj.weight.shape  # type: ignore[union-attr, misc]
+        return refusal_of_mlp(self.module, hidden, inner, self.read, self.activation)  # type: ignore[arg-type]
 
     @property
     def num_experts(self) -> int:
@@ -207,12 +227,21 @@ def find_experts(model: nn.Module, *, or_ffns: bool = False) -> list[ExpertsModu
     """
     found = _find(model)
     if not found and or_ffns:
-        found = _find_ffns(model)
+        named = _named_as_ffns(model)
+        refused = {
+            f"{f.path} ({type(f.module).__name__})": reason for f in named if (reason := f.refusal()) is not None
+        }
+        found = list(_find_ffns(model))
+        if not found and refused:
+            path, reason = next(iter(refused.items()))
+            raise ValueError(f"{path} cannot be compressed, nor can the {len(refused) - 1} others: {reason}")
         if not found:
             raise ValueError(
                 f"{type(model).__name__} holds neither experts modules nor feed-forward modules of linears gate_proj, "
                 "up_proj and down_proj: nothing to compress"
             )
+        for path, reason in refused.items():
+            _warn_once(f"{path} stays dense: {reason}")
     if not found:
         raise ValueError(f"{type(model).__name__} holds no experts modules: nothing to compress")
     return found
@@ -223,7 +252,7 @@ def experts_or_ffns(model: nn.Module) -> list[ExpertsModule]:
 
     Raises ValueError as ``find_experts`` does for a kind that is not covered.
     """
-    return _find(model) or _find_ffns(model)
+    return _find(model) or list(_find_ffns(model))
 
 
 def _find(model: nn.Module) -> list[ExpertsModule]:
@@ -248,12 +277,21 @@ def _find(model: nn.Module) -> list[ExpertsModule]:
     return found
 
 
-def _find_ffns(model: nn.Module) -> list[ExpertsModule]:
+def _find_ffns(model: nn.Module) -> Sequence[ExpertsModule]:
     """The feed-forward modules of a model that has no experts, not those beside experts that were compressed."""
+    return [found for found in _named_as_ffns(model) if found.refusal() is None]
+
+
+def _named_as_ffns(model: nn.Module) -> list[DenseFFN]:
     layers = [m for m in model.modules() if isinstance(m, FactoredExpertsLayer)]
     if not all(isinstance(m, DenseFFNLayer) for m in layers):
         return []
     return [DenseFFN(path, m) for path, m in model.named_modules() if DenseFFN.covers(m, None)]
+
+
+@lru_cache
+def _warn_once(sentence: str) -> None:
+    _log.warning("%s", sentence)
 
 
 def select_layers(found: list[ExpertsModule], layers: str) -> list[ExpertsModule]:
@@ -281,6 +319,10 @@ def select_layers(found: list[ExpertsModule], layers: str) -> list[ExpertsModule
         return [found[i] for i in sorted(chosen)]
     except ValueError:
         raise ValueError(f"{rule}, for {len(found)} experts modules; got {layers!r}") from None
+
+
+def _below(name: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{name}.{parameter}": tensor for parameter, tensor in parameters.items()}
 
 
 def _looks_like_experts(path: str, module: nn.Module) -> bool:

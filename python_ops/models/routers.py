@@ -7,7 +7,9 @@ is run on random logits, and the one that gives the router's own answers is it.
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -19,43 +21,66 @@ _PROBE_TOKENS = 64
 
 
 def find_router(model: nn.Module, experts_path: str, num_slots: int) -> nn.Module:
-    """The sibling of an experts module that routes to it: it has a top_k and one row of weights for every slot.
+    """The sibling of an experts module that routes to it: it holds one row of weights for every slot, and a top_k where
+    several do.
 
     Raises ValueError if there is none.
     """
     parent = model.get_submodule(experts_path.rpartition(".")[0])
-    for child in parent.children():
-        weight = getattr(child, "weight", None)
-        if hasattr(child, "top_k") and isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) == num_slots:
-            return child
-    raise ValueError(
-        f"{experts_path}: no router with a top_k and {num_slots} rows of weights beside it, so its choice cannot "
-        "be changed; use a method that leaves the router as it is"
-    )
+    found = [child for child in parent.children() if _rows(child, num_slots) is not None]
+    found = [child for child in found if hasattr(child, "top_k")] or found
+    if len(found) != 1:
+        raise ValueError(
+            f"{experts_path}: no router with {num_slots} rows of weights beside it, so its choice can be neither "
+            "changed nor watched; use a method that leaves the router as it is and needs no data"
+        )
+    return found[0]
 
 
-def read_scoring(router: nn.Module, experts_path: str) -> Scoring:
+def _rows(router: nn.Module, num_slots: int) -> Tensor | None:
+    """The (num_slots, H) weights of a router; None if it has none, or several."""
+    rows = [p for p in router.parameters() if p.dim() == 2 and len(p) == num_slots]
+    return rows[0] if len(rows) == 1 else None
+
+
+def logits_in(output: Tensor | tuple[Tensor, ...], router: nn.Module, num_slots: int) -> Tensor:
+    """The logits (T, num_slots) in what a router answered, up to a constant for each token.
+
+    Raises ValueError if there are none.
+    """
+    logits = output if isinstance(output, Tensor) else output[0]
+    if logits.shape[-1] != num_slots or not logits.is_floating_point():
+        raise ValueError(
+            f"{type(router).__name__}: a router must answer with logits of {num_slots} experts first, got "
+            f"{tuple(logits.shape)} {str(logits.dtype).removeprefix('torch.')}; use a method that needs no data"
+        )
+    logits = logits.flatten(0, -2)
+    sums = logits.float().sum(-1)
+    if bool((logits >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+        return logits.float().clamp_min(torch.finfo(torch.float32).tiny).log()  # it answers with its softmax
+    return logits
+
+
+def read_scoring(router: nn.Module, experts_path: str, num_slots: int) -> Scoring:
     """How a router scores; its weights are not looked at and may be on meta.
 
     Raises ValueError naming the experts it belongs to if it is of no known kind.
     """
-    num_slots = len(router.weight)  # type: ignore[arg-type]
     probe = copy.deepcopy(router).to_empty(device="cpu").float().eval()
     generator = torch.Generator().manual_seed(0)
     for tensor in itertools.chain(probe.parameters(), probe.buffers()):
         if tensor.is_floating_point():
             # Logits of deviation 1: a softmax of wide ones is 0 and 1, whatever is done with it.
             tensor.data = torch.randn(tensor.shape, generator=generator) / max(tensor.shape, default=1) ** 0.5
-    with torch.no_grad():
-        x = torch.randn(_PROBE_TOKENS, probe.weight.shape[1], generator=generator)  # type: ignore[index, arg-type]
-        try:
-            answer = probe(x)
-        except Exception:  # of any type: a router that wants more than hidden states
-            answer = None
+    rows = _rows(probe, num_slots)
+    assert rows is not None  # as find_router has seen
+    x = torch.randn(_PROBE_TOKENS, rows.shape[1], generator=generator)
+    given = torch.randn(num_slots, generator=generator) / num_slots**0.5
+    answer, bias = _answer(probe, x, given)
     if isinstance(answer, tuple) and len(answer) == 3:
         logits, weights, experts = answer
+        logits = logits_in(logits, router, num_slots)
         wanted = _by_slot(weights.float(), experts, num_slots)
-        bias = correction_bias(probe)
         for scoring in _candidates(router, experts.shape[-1]):
             if scoring.groups > 1 and (num_slots % scoring.groups or num_slots // scoring.groups < 2):
                 continue
@@ -70,9 +95,38 @@ def read_scoring(router: nn.Module, experts_path: str) -> Scoring:
     )
 
 
-def correction_bias(router: nn.Module) -> Tensor | None:
-    """What DeepSeek-V3's router and its heirs add to scores when they choose."""
-    return getattr(router, "e_score_correction_bias", None)
+@torch.no_grad()
+def _answer(probe: nn.Module, x: Tensor, given: Tensor) -> tuple[object, Tensor | None]:
+    """What a router answers to x (T, H), and the bias of its choice: its own, or ``given`` (E,) if it is handed one by
+    the block around. None if it takes neither form of call."""
+    own = correction_bias(probe)
+    for hidden in (x, x.unsqueeze(0)):
+        for arguments, bias in (((hidden,), own), ((hidden, given), given)):
+            with suppress(Exception):  # of any type: a router that wants something else
+                return probe(*arguments), bias
+    return None, None
+
+
+def correction_bias(router: nn.Module, block: nn.Module | None = None) -> Tensor | None:
+    """What DeepSeek-V3's router and its heirs add to scores when they choose: their own, or what ``block``, the module
+    around, holds and hands to a router that takes more than hidden states."""
+    own = getattr(router, "e_score_correction_bias", None)
+    if own is not None or block is None or len(inspect.signature(router.forward).parameters) < 2:
+        return own
+    rows = {len(p) for p in router.parameters() if p.dim() == 2}
+    held = itertools.chain(block.named_parameters(recurse=False), block.named_buffers(recurse=False))
+    found = [t for _, t in held if t.dim() == 1 and t.is_floating_point() and len(t) in rows]
+    return found[0] if len(found) == 1 else None
+
+
+def _bias_of_call(router: nn.Module, arguments: tuple, named: dict, num_slots: int) -> Tensor | None:
+    """The bias of the choice in one call of a router, which may have been handed one."""
+    handed = [
+        a
+        for a in (*arguments[1:], *named.values())
+        if isinstance(a, Tensor) and a.shape == (num_slots,) and a.is_floating_point()
+    ]
+    return handed[0] if handed else correction_bias(router)
 
 
 def _candidates(router: nn.Module, top_k: int):
@@ -92,7 +146,7 @@ def _by_slot(weights: Tensor, slots: Tensor, num_slots: int) -> Tensor:
 
 def change_choice(router: nn.Module, change: RouterChange) -> RemovableHandle:
     """Makes the router choose by ``change`` until the handle is removed; its parameters and their names stay."""
-    return router.register_forward_hook(_Rechoose(change))
+    return router.register_forward_hook(_Rechoose(change), with_kwargs=True)
 
 
 class _Rechoose:
@@ -103,8 +157,11 @@ class _Rechoose:
         self.pruned = torch.tensor(change.pruned_slots, device="cpu") if change.prunes else None
         self.left = None if self.pruned is None else change.pruned_slots.count(False)
 
-    def __call__(self, router: nn.Module, _, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        logits, weights, _ = output
+    def __call__(
+        self, router: nn.Module, arguments: tuple, named: dict, output: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        answered, weights, _ = output
+        logits = answered.flatten(0, -2)
         change = self.change
         assert change.scoring is not None
         if self.pruned is not None and self.pruned.device != logits.device:
@@ -116,6 +173,6 @@ class _Rechoose:
             left=self.left,
             masked=change.masked,
             threshold=change.threshold_over_all,
-            bias=correction_bias(router),
+            bias=_bias_of_call(router, arguments, named, logits.shape[-1]),
         )
-        return logits, chosen.to(weights.dtype), slots
+        return answered, chosen.to(weights.dtype), slots

@@ -7,7 +7,6 @@ read from it, it is refused: nothing is taken for granted because of names.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -27,9 +26,7 @@ from resmoe_kernels.python_ops.models.layer_contracts import (
     InputWeightedExpertsLayer,
     chosen_rows,
 )
-
-_PROBE_WIDTH = 4  # least neurons of the module that is run
-_CLOSE = 1e-4  # float32 sums of a few dozen terms of size 1, in another order
+from resmoe_kernels.python_ops.models.probing import CLOSE, noise, small_sizes, smaller_copy
 
 
 class _Unflagged(ExpertsModule):
@@ -45,17 +42,17 @@ class _Unflagged(ExpertsModule):
 
     def _is_proved(self) -> bool:
         generator = torch.Generator().manual_seed(0)
-        small = _smaller(self.module, self._small_sizes, generator)
+        small = smaller_copy(self.module, self._small_sizes, generator)
         read = self.read({name: p.detach() for name, p in small.named_parameters()})
         routed, slots = read.num_experts, self.num_experts
-        x = _random(generator, slots, read.hidden_size)
+        x = noise(generator, slots, read.hidden_size)
         index = torch.stack([torch.arange(slots), (torch.arange(slots) + 1) % slots], dim=1)
-        weights = _random(generator, slots, 2).abs() + 0.5
+        weights = noise(generator, slots, 2).abs() + 0.5
         outputs = torch.stack([_output(read, e, x, self.activation) if e < routed else x for e in range(slots)])
         pairs = torch.arange(slots)
         expected = (weights.unsqueeze(-1) * outputs[index, pairs.unsqueeze(-1)]).sum(1)
         with torch.no_grad():
-            return torch.allclose(self._run(small, x, index, weights), expected, rtol=_CLOSE, atol=_CLOSE)
+            return torch.allclose(self._run(small, x, index, weights), expected, rtol=CLOSE, atol=CLOSE)
 
     def _run(self, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """x (T, H), index and weights (T, 2) -> (T, H): the module's own forward."""
@@ -71,13 +68,7 @@ class _Unflagged(ExpertsModule):
 
     @cached_property
     def _small_sizes(self) -> dict[int, int]:
-        """For the module's sizes those of the one that is run, in the same proportions: 2 I may be H in both."""
-        count, hidden, inner = self._sizes()
-        common = math.gcd(hidden, inner)
-        if count in (hidden, inner, 2 * inner):
-            common = 1  # numbers that mean two things; only tiny modules have them
-        times = max(1, _PROBE_WIDTH * common // min(hidden, inner)) if common > 1 else 1
-        return {n: n // common * times for n in (hidden, inner, 2 * inner, count * inner)}
+        return small_sizes(*self._sizes())
 
     @cached_property
     def activation(self) -> str:
@@ -87,26 +78,6 @@ class _Unflagged(ExpertsModule):
         if hasattr(shell, "_apply_gate"):
             return gate_name(shell._apply_gate, shell)
         return pointwise_name(shell.act_fn, gated=True)
-
-
-def _smaller(module: nn.Module, sizes: Mapping[int, int], generator: torch.Generator) -> nn.Module:
-    """A copy of a module with other sizes, on the CPU, with random float32 parameters."""
-    made = module.__class__.__new__(module.__class__)
-    values = {n: sizes.get(v, v) if type(v) is int else v for n, v in module.__dict__.items()}
-    made.__dict__.update(values)
-    made._parameters, made._modules = {}, {}
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            shape = [sizes.get(n, n) for n in parameter.shape]
-            noise = _random(generator, *shape) / max(shape) ** 0.25
-            made._parameters[name] = nn.Parameter(noise, requires_grad=False)
-    for name, child in module._modules.items():
-        made._modules[name] = None if child is None else _smaller(child, sizes, generator)
-    return made.eval()
-
-
-def _random(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float32)  # from_pretrained sets another default, too
 
 
 def _output(experts: DenseExperts, e: int, x: Tensor, activation: str) -> Tensor:
@@ -211,12 +182,12 @@ class InputWeightedExperts(_Unflagged):
 
     def _is_proved(self) -> bool:
         generator = torch.Generator().manual_seed(0)
-        small = _smaller(self.module, self._small_sizes, generator)
+        small = smaller_copy(self.module, self._small_sizes, generator)
         read = self.read({name: p.detach() for name, p in small.named_parameters()})
-        x = _random(generator, self.num_experts, 3, read.hidden_size)
+        x = noise(generator, self.num_experts, 3, read.hidden_size)
         expected = torch.stack([_output(read, e, x[e], self.activation) for e in range(self.num_experts)])
         with torch.no_grad():
-            return torch.allclose(small(x.flatten(0, 1)), expected.flatten(0, 1), rtol=_CLOSE, atol=_CLOSE)
+            return torch.allclose(small(x.flatten(0, 1)), expected.flatten(0, 1), rtol=CLOSE, atol=CLOSE)
 
     def install(self, model: nn.Module, *what: Any) -> FactoredExpertsLayer:
         layer = super().install(model, *what)

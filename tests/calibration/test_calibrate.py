@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import resmoe_kernels as rk
@@ -200,3 +203,102 @@ def test_windows_are_whole_and_as_long_as_the_model_allows(tmp_path, repo):
     config = families.build("mixtral").config  # 64 positions
     assert windows(config, tokenizer, text, 200).shape == (3, 64)
     assert windows(config, tokenizer, text, 50).shape == (1, 50)
+
+
+_SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "intermediate_size": 48,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+}
+
+
+def hands_on_chosen_keys():
+    """GLM-5: a layer returns the keys its attention chose, for the layer that follows."""
+    config = transformers.GlmMoeDsaConfig(
+        **_SMALL,
+        num_key_value_heads=4,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=24,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        index_n_heads=2,
+        index_head_dim=8,
+        index_topk=4,
+    )
+    return transformers.GlmMoeDsaForCausalLM(config)
+
+
+def is_handed_a_bias():
+    config = transformers.MiniMaxM2Config(**_SMALL, num_key_value_heads=2, head_dim=8, num_local_experts=4)
+    return transformers.MiniMaxM2ForCausalLM(config)
+
+
+@pytest.mark.parametrize("build", [hands_on_chosen_keys, is_handed_a_bias])
+def test_layers_and_routers_that_take_more_than_hidden_states(build):
+    """What experts see in calibration is what they see in the model's own forward."""
+    torch.manual_seed(0)
+    model = build().eval()
+    dense = DenseModel(model)
+    ids = (torch.arange(32).view(2, 16) % 50) + 5
+    seen = {}
+    for found in dense.experts:
+        found.module.register_forward_pre_hook(lambda _, inputs, path=found.path: seen.update({path: inputs}))
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    own = dict(seen)
+    collected = collect(dense, ids, progress=False)
+    for path, (x, index, weight) in own.items():
+        layer = collected.layers[path]
+        torch.testing.assert_close(layer.sample_x, x, rtol=0, atol=1e-5)
+        assert torch.equal(layer.sample_index.sort(-1).values, index.sort(-1).values)
+        torch.testing.assert_close(layer.sample_weight.sum(-1), weight.float().sum(-1))
+
+
+def test_a_layer_that_no_token_reaches_is_left_out_and_said(caplog):
+    model = families.build("mixtral")
+    dense = DenseModel(model)
+    block = model.model.layers[1].mlp
+    block.forward = lambda x: x  # as experts of images in a model that reads text
+    with caplog.at_level(logging.WARNING, "resmoe_kernels"):
+        collected = collect(dense, torch.arange(20).view(1, 20), progress=False)
+    assert list(collected.layers) == ["model.layers.0.mlp.experts"]
+    assert "model.layers.1.mlp.experts: no token of the text comes there" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"hold nothing of model\.layers\.1\.mlp\.experts; calibrate this model, or leave"
+    ):
+        rk.swap_experts(model, method="mc-smoe", stage="merge", statistics=collected, progress=False)
+
+
+def test_what_cannot_be_watched_is_said_before_the_work(monkeypatch):
+    model = families.build("mixtral")
+    model.model.layers[1].mlp.gate = torch.nn.Identity()
+    dense = DenseModel(model)
+    monkeypatch.setattr(DenseModel, "embed", lambda *_: pytest.fail("began to work"))
+    with pytest.raises(
+        ValueError, match=r"^model\.layers\.1\.mlp\.experts: no router with 4 rows of weights beside it"
+    ):
+        collect(dense, torch.arange(20).view(1, 20), progress=False)
+
+
+def test_a_method_that_cannot_read_the_router_says_so_before_calibration(tmp_path, monkeypatch):
+    families.build("phimoe").save_pretrained(tmp_path / "dense")
+    text = tmp_path / "text.txt"
+    text.write_text("never read")
+    monkeypatch.setattr("resmoe_kernels.python_ops.jobs.compress._carry_over", lambda *_: pytest.fail("began to work"))
+    monkeypatch.setattr(
+        "resmoe_kernels.python_ops.jobs.compress.calibration_data", lambda *_: SimpleNamespace(described={})
+    )
+    with pytest.raises(ValueError, match="its router, a PhimoeTopKRouter, scores in a way that is not known"):
+        rk.compress(tmp_path / "dense", tmp_path / "out", method="moe-i2", calibration=text, progress=False)

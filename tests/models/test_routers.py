@@ -13,7 +13,13 @@ from transformers import AutoModelForCausalLM
 from resmoe_kernels.factored import FactoredExperts
 from resmoe_kernels.python_ops.models.hf_quantizer import ResMoEConfig, ResMoEQuantizer, layer_spec, mark_as_factored
 from resmoe_kernels.python_ops.models.layouts import find_experts
-from resmoe_kernels.python_ops.models.routers import change_choice, find_router, read_scoring
+from resmoe_kernels.python_ops.models.routers import (
+    change_choice,
+    correction_bias,
+    find_router,
+    logits_in,
+    read_scoring,
+)
 from resmoe_kernels.python_ops.models.routing import RouterChange, Scoring, Threshold, select
 from tests import families
 
@@ -240,11 +246,11 @@ def test_a_router_of_an_unknown_kind_is_refused_by_name():
 
 
 def test_no_router_beside_the_experts():
-    model = families.build("switch")
+    model = families.build("mixtral")
     found = find_experts(model)[0]
+    model.model.layers[0].mlp.gate = nn.Identity()
     with pytest.raises(
-        ValueError,
-        match=rf"^{found.path}: no router with a top_k and 4 rows of weights beside it, so its choice cannot be",
+        ValueError, match=rf"^{found.path}: no router with 4 rows of weights beside it, so its choice can be neither"
     ):
         found.router(model)
 
@@ -257,7 +263,7 @@ def test_a_router_is_found_by_its_rows_and_top_k():
     model.block = nn.Module()
     model.block.experts, model.block.other, model.block.gate = nn.Linear(1, 1), nn.Linear(4, 6), Router(4, 6)
     assert find_router(model, "block.experts", 6) is model.block.gate
-    with pytest.raises(ValueError, match="no router with a top_k and 5 rows"):
+    with pytest.raises(ValueError, match="no router with 5 rows"):
         find_router(model, "block.experts", 5)
 
 
@@ -272,4 +278,64 @@ def test_a_router_that_answers_otherwise_is_refused(answer):
             return (weights, slots) if answer == "two" else (logits, weights.square(), slots)
 
     with pytest.raises(ValueError, match=r"^experts: its router, a Router, scores in a way that is not known"):
-        read_scoring(Router(8, 6), "experts")
+        read_scoring(Router(8, 6), "experts", 6)
+
+
+class HandedBias(nn.Module):
+    """AFMoE's kind: the block holds the correction bias and hands it over; tokens come as (B, L, H)."""
+
+    top_k = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, 6, bias=False)
+
+    def forward(self, hidden_states, expert_bias):
+        _, _, hidden = hidden_states.shape
+        logits = self.gate(hidden_states.view(-1, hidden))
+        scores = logits.sigmoid()
+        slots = (scores + expert_bias).topk(2, dim=-1).indices
+        weights = scores.gather(1, slots)
+        return logits, 3 * weights / weights.sum(-1, keepdim=True), slots
+
+
+def test_a_bias_that_the_block_hands_over_is_used():
+    torch.manual_seed(0)
+    block = nn.Module()
+    block.router, block.bias = HandedBias(), nn.Parameter(torch.linspace(1, -1, 6))
+    scoring = read_scoring(block.router, "experts", 6)
+    assert (scoring.score, scoring.normalised, scoring.scale) == ("sigmoid", True, 3.0)
+    bias = correction_bias(block.router, block)
+    assert bias is block.bias
+    x = torch.randn(2, 5, 8)
+    logits, weights, slots = block.router(x, block.bias)
+    made_weights, made_slots = select(logits, scoring, bias=bias)
+    assert torch.equal(made_slots, slots) and torch.allclose(made_weights, weights)
+    assert not torch.equal(select(logits, scoring)[1], slots)  # without it others are chosen
+    keep = RouterChange(expert_of_slot=(-1, 0, 1, 2, 3, 4), scoring=scoring)
+    change_choice(block.router, keep)
+    _, _, changed = block.router(x, block.bias)
+    pruned = torch.tensor(keep.pruned_slots)
+    assert torch.equal(changed, select(logits, scoring, bias=bias, pruned=pruned, left=5)[1])
+
+
+def test_a_router_that_wants_something_else_is_refused():
+    class Hash(nn.Linear):
+        top_k = 2
+
+        def forward(self, x, input_ids):
+            return super().forward(x), None, self.table[input_ids]
+
+    with pytest.raises(ValueError, match="its router, a Hash, scores in a way that is not known"):
+        read_scoring(Hash(8, 6), "experts", 6)
+
+
+def test_probabilities_are_read_as_logits_and_anything_else_is_refused():
+    logits = torch.randn(5, 6)
+    read = logits_in((logits.softmax(-1), None), nn.Identity(), 6)
+    torch.testing.assert_close(read.softmax(-1), logits.softmax(-1))
+    assert torch.equal(logits_in(logits.view(1, 5, 6), nn.Identity(), 6), logits)
+    with pytest.raises(
+        ValueError, match=r"Identity: a router must answer with logits of 6 experts first, got \(5, 2\)"
+    ):
+        logits_in((torch.zeros(5, 2), logits), nn.Identity(), 6)
