@@ -102,6 +102,7 @@ class ResMoEQuantizer(HfQuantizer):
         check_complete(layers, names)
         self._places = find_places(model, layers, names, modules)
         self._dense = unplaced_experts(modules, self._places)
+        self._model = model
         self._stand_ins = []
         for place in self._places:
             if place.path is None:  # of a part that this class does not have
@@ -113,10 +114,11 @@ class ResMoEQuantizer(HfQuantizer):
         self.quantization_config.layers = {place.path: place.spec for place in self._places if place.path is not None}
         return model
 
-    def update_weight_conversions(self, weight_conversions, model):
-        return held_in_place(weight_conversions, self._places, model)
+    def update_weight_conversions(self, weight_conversions, model=None):  # transformers 5.20 gives no model
+        return held_in_place(weight_conversions, self._places, self._model)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        del self._model
         for layer, names in self._stand_ins:
             for name in names:
                 del layer.__dict__[name]
