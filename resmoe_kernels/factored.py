@@ -19,6 +19,7 @@ from resmoe_kernels.parts import BLOCK_KEPT as BLOCK_KEPT
 from resmoe_kernels.parts import MATRICES as MATRICES
 from resmoe_kernels.parts import SCALES, block_kept, check_parts, matrix_of, parse_payloads, part, parts_of, words_of
 from resmoe_kernels.payload import CHUNK, Payload, check_padding, check_scales, decode
+from resmoe_kernels.products import product
 from resmoe_kernels.sparse import BLOCK, expand_sparse_reference, popcount
 from resmoe_kernels.sparse_codes import check_block_codes, decode_bitmap, decode_block
 
@@ -325,14 +326,14 @@ class FactoredExperts:
         if self.factorization == "joint":
             shared = self.read("u_gate_up", own, dtype)
             if matrix == "down":
-                return self.read("u_down", own, dtype).T @ shared
+                return product(self.read("u_down", own, dtype).T, shared)
             halves = self.read("v_gate_up", own, dtype).split(self.hidden_size, dim=1)
-            return torch.cat([shared.T @ v for v in halves])
+            return torch.cat([product(shared.T, v) for v in halves])
         u, v = self.read(f"u_{matrix}", own, dtype), self.read(f"v_{matrix}", own, dtype)
         if self.factorization == "separate" and matrix == "gate_up" and self.gated:
             half = len(u) // 2
-            return torch.cat([u[:half].T @ v[:half], u[half:].T @ v[half:]])
-        return u.T @ v
+            return torch.cat([product(u[:half].T, v[:half]), product(u[half:].T, v[half:])])
+        return product(u.T, v)
 
     def check_values(self) -> None:
         """Reads the index tensors and refuses contents that would make a kernel read out of bounds.

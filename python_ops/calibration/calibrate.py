@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from resmoe_kernels.products import product
 from resmoe_kernels.python_ops.calibration.layer_moments import LayerMoments, MomentSums
 from resmoe_kernels.python_ops.calibration.statistics import MOMENTS, LayerStatistics, Statistics, moments_file
 from resmoe_kernels.python_ops.models.dense_model import DenseModel
@@ -143,7 +144,7 @@ class _Collector:
         count = self.experts.num_experts
         add = self._add
         add("probability", logits.softmax(-1).double().sum(0))
-        add("logit_gram", logits.double().T @ logits.double())
+        add("logit_gram", product(logits.double().T, logits.double()))
         add("moment_gate_up", self._moment(x))
         pairs, weights = index.flatten(), weight.flatten().double()
         inside = (pairs >= 0) & (pairs < count)
@@ -168,7 +169,7 @@ class _Collector:
 
     def _moment(self, values: Tensor) -> Tensor:
         values = values.float()
-        return values.T @ values if self.full else values.square().sum(0)
+        return product(values.T, values) if self.full else values.square().sum(0)
 
     def _add(self, name: str, value: Tensor) -> None:
         self.sums[name] = value if name not in self.sums else self.sums[name].add_(value)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resmoe_kernels.factored import DenseExperts
+from resmoe_kernels.products import total
 from resmoe_kernels.python_ops.models.checkpoint import Checkpoint, ModuleReader
 from resmoe_kernels.python_ops.models.layouts import ExpertsModule, find_experts
 from resmoe_kernels.python_ops.models.routers import change_choice
@@ -36,8 +37,7 @@ class Hidden:
     def distance(self, other: Hidden) -> float:
         """||X - Y||_F of the states, summed in float64."""
         pairs = zip(self.states, other.states, strict=True)
-        squares = [(a.float() - b.float()).square().sum(dtype=torch.float64) for a, b in pairs]
-        return float(torch.stack(squares).sum().sqrt())
+        return sum(total((a.float() - b.float()).square()) for a, b in pairs) ** 0.5
 
 
 class DenseModel:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resmoe_kernels.activations import activate
 from resmoe_kernels.factored import DenseExperts
+from resmoe_kernels.products import one_thread, product, total
 
 _OUTPUT_BYTES = 1 << 30  # of the outputs alive at a time while inner products are taken
 _CHANGE_ELEMENTS = 1 << 23  # of the routing weights alive at a time, several float32 tensors of this size
@@ -60,7 +61,7 @@ class ExpertOutputs:
         for gram, logits in zip(self.gram.split(step), self.logits.split(step), strict=True):
             delta = self._weights(logits.expand(count, -1, -1), pruned, int(left[0])) - self._weights(logits)
             delta = delta.transpose(0, 1)  # (tokens, sets, E): one small matrix product for each token
-            squared += ((delta @ gram) * delta).sum(-1).sum(0, dtype=torch.float64)
+            squared += (product(delta, gram) * delta).sum(-1).sum(0, dtype=torch.float64)
         return squared.clamp_min(0).sqrt()
 
     def _by_size(self, pruned: Tensor, left: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ class ExpertOutputs:
     def norm(self) -> float:
         """||F(X)||_F."""
         weights = self._weights(self.logits)
-        return float(torch.einsum("te,tef,tf->t", weights, self.gram, weights).sum(dtype=torch.float64).sqrt())
+        return total((product(weights.unsqueeze(1), self.gram).squeeze(1) * weights).sum(1)) ** 0.5
 
     def importance(self) -> Tensor:
         """(E,) float64, of each expert what its absence changes: 0 where no token chose it."""
@@ -113,19 +114,20 @@ def expert_outputs(
         there = tokens.to(experts.gate_up.device, torch.float32)
         hidden = (hidden_activations(experts, e, there, activation) for e in range(count))
         outputs = torch.stack([expert_output(experts, e, h) for e, h in enumerate(hidden)], dim=1)
-        into.copy_(outputs @ outputs.transpose(1, 2))
+        into.copy_(product(outputs, outputs.transpose(1, 2)))
     return ExpertOutputs(gram, logits.float(), route)
 
 
 def hidden_activations(experts: DenseExperts, e: int, x: Tensor, activation: str) -> Tensor:
     """h_e of tokens x (T, H): (T, I), computed in the dtype of x."""
-    z = x @ experts.gate_up[e].to(x.dtype).T
+    z = product(x, experts.gate_up[e].to(x.dtype).T)
     if experts.bias_gate_up is not None:
         z = z + experts.bias_gate_up[e].to(x.dtype)
-    return activate(z, activation, experts.gated)
+    with one_thread():
+        return activate(z, activation, experts.gated)
 
 
 def expert_output(experts: DenseExperts, e: int, h: Tensor) -> Tensor:
     """f_e of tokens with hidden activations h (T, I): (T, H), computed in the dtype of h."""
-    y = h @ experts.down[e].to(h.dtype).T
+    y = product(h, experts.down[e].to(h.dtype).T)
     return y if experts.bias_down is None else y + experts.bias_down[e].to(h.dtype)

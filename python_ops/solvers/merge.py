@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resmoe_kernels.factored import DenseExperts
+from resmoe_kernels.products import product
 from resmoe_kernels.python_ops.solvers.align import Progress, design_matrix, squared_norm
 from resmoe_kernels.python_ops.solvers.assignment import assign
 
@@ -138,7 +139,7 @@ def similarities(
         return _quotient(statistics.logit_gram[:, dominants], norm.unsqueeze(1) * norm[dominants])
     if similarity == "outputs":
         unit = F.normalize(statistics.output.double(), dim=1)
-        return unit @ unit[dominants].T
+        return product(unit, unit[dominants].T)
     like = torch.zeros(experts.num_experts, len(dominants), dtype=torch.float64)
     for g, d in enumerate(dominants):
         target = design_matrix(experts, d)

@@ -7,7 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from resmoe_kernels.python_ops.solvers.svd import gram, one_thread
+from resmoe_kernels.products import one_thread
+from resmoe_kernels.python_ops.solvers.svd import gram
 
 SHARES = 33  # points of a curve: 0, 1/32, ..., 1 of the rank
 QUARTER = 8  # where a curve is at a quarter of the rank

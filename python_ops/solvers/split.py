@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from resmoe_kernels.factored import DenseExperts
+from resmoe_kernels.products import one_thread, product
 from resmoe_kernels.python_ops.solvers.expert_outputs import hidden_activations
-from resmoe_kernels.python_ops.solvers.svd import one_thread
 
 CLUSTER_TOKENS = 512  # of an expert, for the profiles of its neurons; 4096 cluster no better
 FIT_TOKENS = 2048  # for the part router; on a dense layer's 576 inputs 64 do nearly as well
@@ -87,7 +87,7 @@ def equal_clusters(points: Tensor, count: int) -> Tensor:
     labels = torch.empty_like(by_length).scatter_(0, by_length, torch.arange(len(points)) // (len(points) // count))
     for _ in range(_SWEEPS):
         centers = torch.stack([points[labels == j].mean(0) for j in range(count)])
-        score = 2 * points @ centers.T - centers.square().sum(1)
+        score = product(2 * points, centers.T) - centers.square().sum(1)
         if not _exchange(score, labels):
             break
     return labels
@@ -136,7 +136,7 @@ def rows_from_tokens(parts: DenseExperts, numbers: range, x: Tensor, activation:
     norms = []
     for j in numbers:
         h = hidden_activations(parts, j, x.to(parts.gate_up.dtype), activation).float()
-        norms.append((h @ parts.down[j].float().T).norm(dim=1))
+        norms.append(product(h, parts.down[j].float().T).norm(dim=1))
     logs = torch.stack(norms, 1).clamp_min(torch.finfo(torch.float32).tiny).log()
     return _ridge(x.float(), logs - logs.mean(1, keepdim=True)).T.contiguous()
 
@@ -145,15 +145,15 @@ def _ridge(x: Tensor, y: Tensor) -> Tensor:
     """W (H, n) with x W ~ y, the strength of the ridge chosen by the exact leave-one-out error."""
     with one_thread():
         u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    projected, best, kept = u.T @ y, torch.inf, torch.zeros_like(s)
-    for strength in _RIDGE:
-        ridge = strength * s.square().mean()
-        shrunk = s.square() / (s.square() + ridge)
-        leverage = (u.square() * shrunk).sum(1, keepdim=True)
-        left_out = (y - u @ (shrunk.unsqueeze(1) * projected)) / (1 - leverage).clamp_min(1e-6)
-        if (error := float(left_out.square().sum())) < best:
-            best, kept = error, s / (s.square() + ridge)
-    return vh.T @ (kept.unsqueeze(1) * projected)
+        projected, best, kept = u.T @ y, torch.inf, torch.zeros_like(s)
+        for strength in _RIDGE:
+            ridge = strength * s.square().mean()
+            shrunk = s.square() / (s.square() + ridge)
+            leverage = (u.square() * shrunk).sum(1, keepdim=True)
+            left_out = (y - u @ (shrunk.unsqueeze(1) * projected)) / (1 - leverage).clamp_min(1e-6)
+            if (error := float(left_out.square().sum())) < best:
+                best, kept = error, s / (s.square() + ridge)
+        return vh.T @ (kept.unsqueeze(1) * projected)
 
 
 def _spread(x: Tensor, most: int) -> Tensor:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from resmoe_kernels.products import one_thread, product, symmetric
+
 SWEEPS = 4
 DEGREE = 8  # of a filter at most
 GAIN = 1e7  # of a filter at most: float32 columns forget what is farther below their largest part
 FLOOR = 1e-5  # of the energy, for float32
 ROUNDING = 4e-6  # of the largest diagonal entry, for a Cholesky factorisation in float32; 16 of its roundings are 1e-6
-BLOCK = 512  # columns of a block in symmetric products
 
 
 class Subspace(NamedTuple):
@@ -53,7 +52,7 @@ def leading_subspace(gram: Tensor, rank: int, excess: float) -> Subspace | None:
     """
     size = len(gram)
     gram = gram * (size / float(gram.diagonal().sum(dtype=torch.float64)))
-    width = _blocks_of_16(rank + max(16, rank // 6))
+    width = -(-(rank + max(16, rank // 6)) // 16) * 16  # whole vectors, and some more to converge with
     with one_thread():  # two busy threads on one free core wait for each other in each of its hundred small steps
         top, cut = _ends(gram, min(size, 2 * width - rank))
     head, block, deflated = gram.new_zeros(size, 0), None, gram
@@ -67,36 +66,9 @@ def leading_subspace(gram: Tensor, rank: int, excess: float) -> Subspace | None:
         # The far larger pairs have converged, and without them the next filter can grow faster where it has to.
         far = int((theta > 5 * cut).sum()) // 16 * 16
         head, block = ritz[:, :far], ritz[:, far:]
-        deflated = gram - (head * theta[:far].float()) @ head.T
+        deflated = gram - product(head * theta[:far].float(), head.T)
         top = float(theta[far])
     return None
-
-
-def symmetric(left: Tensor, right: Tensor) -> Tensor:
-    """left^T right (n, n) where that is symmetric, for little more than half of the work."""
-    product = left.new_empty(left.shape[1], left.shape[1])
-    for i in range(0, len(product), BLOCK):
-        torch.mm(left[:, i : i + BLOCK].T, right[:, i:], out=product[i : i + BLOCK, i:])
-        product[i + BLOCK :, i : i + BLOCK] = product[i : i + BLOCK, i + BLOCK :].T
-    return product
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """For LAPACK, whose last bits change with the number of threads: a layer's bytes must not depend on how many layers
-    are compressed at a time. With 1, 2, 3 and 5 threads eigh, svd and qr differed, matrix products and sums did not.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _blocks_of_16(count: int) -> int:
-    """Widths of blocks: at these, and not at all others, a product's bits do not depend on the number of threads."""
-    return -(-count // 16) * 16
 
 
 def _ends(gram: Tensor, place: int) -> tuple[float, float]:
@@ -136,9 +108,9 @@ def _filtered(gram: Tensor, block: Tensor | None, width: int, top: float, cut: f
         operator.diagonal().sub_(1)
         degree //= 2
     for i in range(rounds):
-        before, now = _start(operator, width) if block is None else (block, operator @ block)
+        before, now = _start(operator, width) if block is None else (block, product(operator, block))
         for _ in range(degree - 1):
-            before, now = now, torch.addmm(before, operator, now, beta=-1, alpha=2)
+            before, now = now, product(operator, now).mul_(2).sub_(before)
         block = now / now.norm(dim=0).clamp_min(torch.finfo(now.dtype).tiny)
         if i < rounds - 1:
             block = _orthonormal(block)
@@ -163,20 +135,21 @@ def _start(operator: Tensor, width: int) -> tuple[Tensor, Tensor]:
 def _rayleigh_ritz(gram: Tensor, block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of the span of block (n, m): Ritz vectors (n, m) float32, values (m,) and squared residuals (m,) float64."""
     basis = _orthonormal(block)
-    image = gram @ basis
+    image = product(gram, basis)
     # The basis of columns that are parallel up to GAIN is orthonormal to 1e-2 only.
     white = _whitening(symmetric(basis, basis).double())
+    within = product(product(white.T, symmetric(basis, image).double()), white).float()
     with one_thread():
-        theta, vectors = torch.linalg.eigh((white.T @ symmetric(basis, image).double() @ white).float())
-    theta, turn = theta.flip(0), white.float() @ vectors.flip(1)
-    ritz = basis @ turn
-    residual = torch.addmm(ritz * theta, image, turn, beta=-1)
+        theta, vectors = torch.linalg.eigh(within)
+    theta, turn = theta.flip(0), product(white.float(), vectors.flip(1))
+    ritz = product(basis, turn)
+    residual = product(image, turn).sub_(ritz * theta)
     return ritz, theta.double(), residual.square().sum(0, dtype=torch.float64)
 
 
 def _orthonormal(block: Tensor) -> Tensor:
     wide = block.double()
-    return block @ _whitening(symmetric(wide, wide)).float()
+    return product(block, _whitening(symmetric(wide, wide)).float())
 
 
 def _whitening(gram: Tensor) -> Tensor:

@@ -9,9 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resmoe_kernels.python_ops.solvers.subspace import leading_subspace, one_thread, symmetric
-
-__all__ = ["FilteredSVD", "exact_svd", "filtered_svd", "gram", "one_thread", "truncated_svd"]
+from resmoe_kernels.products import one_thread, product, symmetric
+from resmoe_kernels.python_ops.solvers.subspace import leading_subspace
 
 # Where filtered_svd is asked first: below this side exact takes 0.1 s, above this share of it exact is as fast.
 SMALLEST_SIDE = 512
@@ -39,7 +38,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
     matrix: (N, K) float
     Returns u (rank, N), v (rank, K) float32 or float64, sigma (rank,) float64, descending; rows beyond min(N, K) are
-    zero. Of ranks that are multiples of 16, the bits do not depend on the number of threads.
+    zero. The bits do not depend on the number of threads.
     Raises ValueError if an entry is not finite.
     """
     side = min(matrix.shape)
@@ -111,7 +110,7 @@ def _factors(matrix: Tensor, basis: Tensor, scale: float) -> tuple[Tensor, Tenso
     image = basis.new_empty(basis.shape[1], len(matrix))
     energy = basis.new_zeros(len(image), dtype=torch.float64)
     for rows, out in zip(_blocks(matrix, basis.dtype, scale), image.split(ROWS, dim=1), strict=True):
-        torch.mm(basis.T, rows.T, out=out)
+        product(basis.T, rows.T, out=out)
         energy += out.square().sum(1, dtype=torch.float64)
     # A Gram matrix does not order what is near its rounding.
     sigma, order = energy.sqrt().sort(descending=True, stable=True)
