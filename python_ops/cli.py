@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from math import prod
@@ -15,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from resmoe_kernels.python_ops.terminal import printable, told_in_a_sentence
 
 app = typer.Typer(
     help="Compress Mixture-of-Experts checkpoints and run them compressed.",
@@ -166,7 +167,7 @@ def _print_diagnosis(layers: list) -> None:
     for d in layers:
         kept = [", ".join(f"{curve[QUARTER]:.3f}" for curve in d.spectra[m].values()) for m in MATRICES]
         cosines = [f"{c:.4f}" for c in (d.cosine_before, d.cosine_after, d.residual_energy)]
-        table.add_row(escape(d.path), f"{len(d.measured)} of {d.num_experts} experts", *cosines, *kept)
+        table.add_row(_name(d.path), f"{len(d.measured)} of {d.num_experts} experts", *cosines, *kept)
     _print(table)
     totals = {(t.form, t.budget): t for t in model_errors(layers)}
     for budget in dict.fromkeys(e.budget for e in layers[0].errors if e.budget is not None):
@@ -174,7 +175,7 @@ def _print_diagnosis(layers: list) -> None:
         table = Table(f"relative error at {budget:g} of the bytes", *(form for form, _ in forms))
         for d in layers:
             error = {(e.form, e.budget): e.relative_error for e in d.errors}
-            table.add_row(escape(d.path), *("-" if error[f] is None else f"{error[f]:.4f}" for f in forms))
+            table.add_row(_name(d.path), *("-" if error[f] is None else f"{error[f]:.4f}" for f in forms))
         table.add_row("all", *(f"{totals[f].error:.4f}" if f in totals else "-" for f in forms), style="bold")
         table.add_row("bytes / dense", *(f"{totals[f].size:.4f}" if f in totals else "-" for f in forms))
         _print(table)
@@ -226,7 +227,7 @@ def eval_command(
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table("", *map(escape, rows))
+    table = Table("", *map(_name, rows))
     for metric in dict.fromkeys(metric for row in rows.values() for metric in row):
         table.add_row(metric, *(_number(row[metric]) if metric in row else "-" for row in rows.values()))
     _print(table)
@@ -331,7 +332,7 @@ def _print_inspection(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         rank, density = row["mean_rank"], row["density"]
         table.add_row(
-            escape(row["path"]),
+            _name(row["path"]),
             row["form"],
             "-" if rank is None else "/".join(f"{r:g}" for r in rank.values()),
             "-" if density is None else f"{density:.3f}",
@@ -375,14 +376,15 @@ def _load(folder: Path, trust_remote_code: bool):
         raise ValueError(f"{folder}: transformers cannot load this model: {error or type(error).__name__}") from error
 
 
+def _name(text: str) -> str:
+    return escape(printable(text))
+
+
 def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
 def main() -> None:
-    """Entry point. What is wrong with the user's input is one line on stderr and exit code 2."""
-    try:
+    """Entry point. What ends a command early is one line on stderr; see terminal.end_of for exit codes."""
+    with told_in_a_sentence():
         app()
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)

@@ -403,10 +403,16 @@ def _members(row: Tensor) -> list[int]:
 # ---- how much of each
 
 
+def _powers(importance: Tensor, alpha: float) -> list[float]:
+    """importance^alpha over its largest. Below 1e-30 of that, all get the same: what any alpha can ask of ranks."""
+    logs = importance.double().log()
+    return ((logs - logs.max()) * alpha).exp().clamp_min(1e-30).tolist()
+
+
 def _ranks(layer: _Layer, kept: Sequence[int], retain: float, alpha: float) -> dict[str, list[int]]:
     known = layer.importance[layer.importance > 0]
     importance = layer.importance[kept]
     if len(known):
         importance = importance.where(importance > 0, known.mean()) / known.mean()
-    weights = importance.pow(alpha).tolist() if len(known) else [1.0] * len(kept)
+    weights = _powers(importance, alpha) if len(known) else [1.0] * len(kept)
     return {m: shared_ranks(weights, *size, retain) for m, size in layer.sizes.items()}

@@ -102,7 +102,8 @@ class DenseModel:
         """
         with ExitStack() as stack:
             for i, change in (changes or {}).items():
-                stack.callback(change_choice(self.experts[i].router(self.module), change).remove)
+                if change.changes_choice:
+                    stack.callback(change_choice(self.experts[i].router(self.module), change).remove)
             for number in range(start, stop):
                 with self.layer_in_memory(number):
                     batches = zip(hidden.token_ids, hidden.states, hidden.beside, strict=True)
