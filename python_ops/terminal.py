@@ -74,7 +74,9 @@ def end_of(error: BaseException) -> End:
         advice = f"this is a fault of resmoe, not of your input; please report it with what {TRACEBACK}=1 prints"
         return End(f"error: internal: {kind}; {advice}", 1)
     owner = _library(where) or type(error).__module__.partition(".")[0]
-    return End(f"error: {owner}: {kind}; {TRACEBACK}=1 shows where it comes from", 1)
+    # A library's ValueError is mostly about what it was given, and that mostly by the user.
+    code = 2 if isinstance(error, ValueError) else 1
+    return End(f"error: {owner}: {kind}; {TRACEBACK}=1 shows where it comes from", code)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import re
@@ -54,8 +55,13 @@ CASES = {
     ),
     "a library's": (
         lambda: torch.nn.functional.interpolate(torch.ones(1), size=(2,)),
-        1,
+        2,
         r"error: torch: ValueError: Input and output must .*; RESMOE_TRACEBACK=1 shows where it comes from",
+    ),
+    "a library's own fault": (
+        lambda: json.dumps(object()),
+        1,
+        r"error: builtins: TypeError: .*; RESMOE_TRACEBACK=1 shows",
     ),
     "memory": (
         of_a_library(RuntimeError("unable to mmap 12 bytes: Cannot allocate memory (12)")),
