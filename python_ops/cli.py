@@ -64,8 +64,24 @@ def compress_command(
     _print_inspection(inspect_checkpoint(out))
 
 
+@app.command("requantise")
+def requantise_command(
+    model: Annotated[Path, typer.Argument(metavar="IN", help="Folder of a factored checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    bits: Annotated[int | None, typer.Option(help="8, 4, 3 or 2, of every tensor.")] = None,
+    base_bits: Annotated[int | None, typer.Option(help="In its place, of the bases.")] = None,
+    residual_bits: Annotated[int | None, typer.Option(help="In its place, of the residuals.")] = None,
+    group: Annotated[int, typer.Option(help="Columns to a scale: 32, 64 or 128.")] = 128,
+) -> None:
+    """Store the layers of IN in fewer bits in OUT, without the dense model. The same command goes on after a crash."""
+    from resmoe_kernels.python_ops.jobs.requantise import requantise
+
+    requantise(model, out, bits=bits, base_bits=base_bits, residual_bits=residual_bits, group=group)
+    _print_inspection(inspect_checkpoint(out))
+
+
 @app.command("settings")
-def settings_command(method: Annotated[str, typer.Argument(help="resmoe, mc-smoe, moe-i2, xmoe")]) -> None:
+def settings_command(method: Annotated[str, typer.Argument(help="resmoe, mc-smoe, moe-i2, xmoe, quantise")]) -> None:
     """List the settings of a method: their types and defaults."""
     from resmoe_kernels.python_ops.methods.named import setting_defaults, setting_types
 
@@ -285,6 +301,7 @@ def _inspect_layer(path: str, spec: dict[str, Any]) -> dict[str, Any]:
     tensors = weights.tensors()
     dense_counts = {m: weights.num_experts * prod(weights.rows_columns(m)) for m in MATRICES}
     dense_count = sum(dense_counts.values())
+    residual = {m: {stem: weights.count(f"{stem}_{m}") for stem in ("u", "v", "values")} for m in MATRICES}
     parts = []
     if weights.base_gate_up is not None:
         parts.append(f"base x{len(weights.base_gate_up)}")
@@ -292,59 +309,76 @@ def _inspect_layer(path: str, spec: dict[str, Any]) -> dict[str, Any]:
     if rank:
         parts.append(f"low rank ({weights.factorization})")
     density = None
-    if weights.values_gate_up is not None:
-        density = sum(tensors[f"values_{m}"].numel() for m in MATRICES) / dense_count
-        bitmap = weights.row_offsets_gate_up is not None
-        of_32 = dict.fromkeys(str(tensors[f"values_{m}"].shape[-1]) for m in MATRICES)
-        parts.append("bitmap" if bitmap else f"block {'/'.join(of_32)}:32")
-    # The dense layer in the dtype of the factors; biases are the same in both.
-    width = max(t.element_size() for t in tensors.values() if t.is_floating_point())
+    if weights.mask_gate_up is not None:
+        density = sum(of["values"] for of in residual.values()) / dense_count
+        of_32 = dict.fromkeys(str(weights.block_kept(m)) for m in MATRICES)
+        parts.append("bitmap" if weights.row_offsets_gate_up is not None else f"block {'/'.join(of_32)}:32")
+    elif weights.values_gate_up is not None:
+        parts.append("full residual" if weights.group is not None else "full")
+    # The dense layer in the dtype of the factors, of codes in 16 bits; biases are the same in both.
+    width = max((dtype.itemsize for dtype in weights.dtypes()), default=2)
+    report = spec["report"]
     return {
         "path": path,
         "form": " + ".join(parts),
+        "payloads": weights.payloads,
         "mean_rank": rank or None,
         "density": density,
-        "kept": {m: sum(t.numel() for t in _residual(tensors, m)) / n for m, n in dense_counts.items()},
+        "kept": {m: sum(residual[m].values()) / n for m, n in dense_counts.items()},
         "bytes_dense": dense_count * width + weights.nbytes_by_part()["bias"],
         "bytes_now": weights.nbytes(),
-        "relative_error": spec["report"]["relative_error"],
+        "bits_per_weight": 8 * (weights.nbytes() - weights.nbytes_by_part()["bias"]) / dense_count,
+        "relative_error": report["relative_error"],
+        "requantise_error": report.get("requantise_error"),
         "router": RouterChange.from_json(spec["router"]).describe() if "router" in spec else "",
     }
 
 
-def _residual(tensors: dict[str, Any], matrix: str) -> list[Any]:
-    return [tensors[name] for stem in ("u", "v", "values") if (name := f"{stem}_{matrix}") in tensors]
+def _stored_as(payloads: str) -> str:
+    """``base int4/128, u int4, v int4/128``: once where both matrices agree."""
+    named: dict[str, dict[str, None]] = {}
+    for word in payloads.split():
+        name, _, payload = word.partition("=")
+        stem = name.removesuffix("_gate_up").removesuffix("_down")
+        named.setdefault(stem, {})[payload] = None
+    return ", ".join(f"{stem} {' and '.join(found)}" for stem, found in named.items()) or "floats"
 
 
 def _print_inspection(rows: list[dict[str, Any]]) -> None:
     table = Table(
         "layer",
         "form",
+        "stored as",
         "mean rank gate_up/down",
         "density",
         "kept of gate_up/down",
         "bytes dense",
         "now",
         "ratio",
+        "bits/weight",
         "relative error",
         "router",
     )
     for row in rows:
-        rank, density = row["mean_rank"], row["density"]
+        rank, density, again = row["mean_rank"], row["density"], row["requantise_error"]
         table.add_row(
             _name(row["path"]),
             row["form"],
+            _stored_as(row["payloads"]),
             "-" if rank is None else "/".join(f"{r:g}" for r in rank.values()),
             "-" if density is None else f"{density:.3f}",
             "/".join(f"{share:.3f}" for share in row["kept"].values()),
             f"{row['bytes_dense']:,}",
             f"{row['bytes_now']:,}",
             f"{row['bytes_now'] / row['bytes_dense']:.3f}",
-            f"{row['relative_error']:.4f}",
+            f"{row['bits_per_weight']:.2f}",
+            f"{row['relative_error']:.4f}" + ("" if again is None else f", then {again:.4f}"),
             row["router"],
         )
     dense, now = (sum(row[key] for row in rows) for key in ("bytes_dense", "bytes_now"))
-    table.add_row("all", "", "", "", "", f"{dense:,}", f"{now:,}", f"{now / dense:.3f}", "", "", style="bold")
+    weights = sum(8 * row["bytes_now"] / row["bits_per_weight"] for row in rows)  # biases apart
+    totals = (f"{dense:,}", f"{now:,}", f"{now / dense:.3f}", f"{8 * now / weights:.2f}")
+    table.add_row("all", "", "", "", "", "", *totals, "", "", style="bold")
     _print(table)
 
 

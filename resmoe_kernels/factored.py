@@ -262,6 +262,16 @@ class FactoredExperts:
         full = [m for m in MATRICES if self.has_full(m)]
         return f"the full residual values_{full[0]}" if full else None
 
+    def count(self, name: str) -> int:
+        """Numbers in a base, u, v or values, 0 where it is not there; of a bitmap's codes with their padding."""
+        tensor, payload, matrix = getattr(self, name), self.payload(name), matrix_of(name)
+        if tensor is None or payload is None:
+            return 0 if tensor is None else tensor.numel()
+        if name.startswith("values_") and not self.has_full(matrix):
+            kept, (N, K) = self.block_kept(matrix), self.rows_columns(matrix)
+            return tensor.numel() * 8 // payload.bits if kept is None else self.num_experts * N * words_of(K) * kept
+        return tensor[..., 0].numel() * self._sides(matrix)["U" if name.startswith("u_") else "K"]
+
     def block_kept(self, matrix: str) -> int | None:
         """n of the block layout; None where the matrix has another residual or none."""
         mask, values = getattr(self, f"mask_{matrix}"), getattr(self, f"values_{matrix}")

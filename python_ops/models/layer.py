@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import ClassVar
@@ -211,6 +211,16 @@ class FactoredExpertsLayer(nn.Module):
         if described := self.router_change.describe():
             parts.append(described)
         return ", ".join(parts)
+
+
+def check_learns(layers: Mapping[str, FactoredExpertsLayer]) -> None:
+    """Raises ValueError naming the first layer whose weights are codes, which take no small steps."""
+    for path, layer in layers.items():
+        if layer.payloads:
+            raise ValueError(
+                f"{path}: is stored as codes, {layer.payloads}, which cannot learn; train it in floats and store it as "
+                "codes then, see requantise"
+            )
 
 
 def _keeping_dtype(fn: Callable[[Tensor], Tensor], scales: list[nn.Parameter], tensor: Tensor) -> Tensor:

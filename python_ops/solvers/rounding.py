@@ -109,17 +109,25 @@ def _text(payloads: Mapping[str, Payload]) -> str:
     return payloads_text({name: payloads[name] for name in CODED if name in payloads})
 
 
+def check_requantised(weights: FactoredExperts, storage: Storage) -> dict[str, Payload]:
+    """What ``requantised`` will store otherwise than it is; raises what that would. Reads no contents."""
+    if weights.factorization != "stacked":
+        raise ValueError(f"factorization: only 'stacked' is stored as codes, got {weights.factorization!r}")
+    present = weights.tensors()
+    wanted = {n: p for n in CODED if n in present and (p := storage.payload(n)) and p != weights.payload(n)}
+    for name, asked in wanted.items():
+        if (before := weights.payload(name)) is not None and before.bits < asked.bits:
+            raise ValueError(f"{name}: is stored as {before}, which has fewer bits than {asked}; ask for fewer")
+    return wanted
+
+
 def requantised(weights: FactoredExperts, storage: Storage) -> FactoredExperts:
     """A layer stored anew, without the dense experts: floats and codes of more bits become codes of fewer.
 
     A full residual takes up what its base loses by that, as it can: R_e becomes B + R_e - B', B' the new base.
     Raises ValueError naming the tensor if it has fewer bits than asked for.
     """
-    present = weights.tensors()
-    wanted = {n: p for n in CODED if n in present and (p := storage.payload(n)) and p != weights.payload(n)}
-    for name, asked in wanted.items():
-        if (before := weights.payload(name)) is not None and before.bits < asked.bits:
-            raise ValueError(f"{name}: is stored as {before}, which has fewer bits than {asked}; ask for fewer")
+    wanted = check_requantised(weights, storage)
     based = {n: p for n, p in wanted.items() if n.startswith("base_")}
     full_payloads = {wanted.get(f"values_{m}") if weights.has_full(m) else None for m in MATRICES}
     if not based or len(full_payloads) != 1 or None in full_payloads:

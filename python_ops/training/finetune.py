@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from resmoe_kernels.factored import MATRICES, FactoredExperts
 from resmoe_kernels.python_ops.models.hf_quantizer import ResMoEConfig, layer_spec
-from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer
+from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer, check_learns
 from resmoe_kernels.python_ops.solvers.factorize import low_rank
 from resmoe_kernels.python_ops.solvers.prune import keep_entries, keep_rows, stack_bitmaps
 
@@ -243,6 +243,7 @@ def _check(
         raise ValueError(f"retain: must be in [0, 1), got {retain}")
     if not layers:
         raise ValueError(f"student: {type(student).__name__} holds no factored layers; compress it first")
+    check_learns(layers)
     for name, parameter in student.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             dtype = str(parameter.dtype).removeprefix("torch.")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer
+from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer, check_learns
 
 _TRAINED = ("base", "u", "v")  # of an experts layer, for both matrices; sparse values have no rows and columns
 
@@ -43,9 +43,11 @@ def fine_tune(
     Raises ValueError if there are no factored experts, no windows, a number is out of range, or peft is missing.
     Source: MoE-I2, arXiv 2411.01016, which tunes two epochs of Alpaca by LoRA (arXiv 2106.09685).
     """
-    layers = [m for m in model.modules() if isinstance(m, FactoredExpertsLayer)]
-    if not layers:
+    named = {path: m for path, m in model.named_modules() if isinstance(m, FactoredExpertsLayer)}
+    if not named:
         raise ValueError(f"{type(model).__name__}: holds no factored experts; compress it first")
+    check_learns(named)
+    layers = list(named.values())
     if token_ids.dim() != 2 or not len(token_ids) or token_ids.shape[1] < 2:
         raise ValueError(f"token_ids: must be (windows, L) with L of 2 or more, got {tuple(token_ids.shape)}")
     for name, number in (("steps", steps), ("windows_per_step", windows_per_step), ("rank", rank)):

@@ -396,6 +396,7 @@ def test_a_second_process_is_refused(mixtral, tmp_path):
 def test_the_lock_is_held_while_working(mixtral, tmp_path, monkeypatch):
     """A second call from within the first, at its first layer and when the first is about to clean up."""
     from resmoe_kernels.python_ops.jobs import compress as module
+    from resmoe_kernels.python_ops.jobs import folder as folder_module
 
     errors = []
 
@@ -411,8 +412,8 @@ def test_the_lock_is_held_while_working(mixtral, tmp_path, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(module, "_finish", before(module._finish))
-    monkeypatch.setattr(module, "_remove", before(module._remove))
+    monkeypatch.setattr(module, "finish", before(module.finish))
+    monkeypatch.setattr(folder_module, "_remove", before(folder_module._remove))
     rk.compress(mixtral, tmp_path / "out", progress=False)
     assert len(errors) == 2
 
@@ -562,7 +563,7 @@ def test_files_have_the_mode_of_files(mixtral, tmp_path):
 def test_what_a_killed_writer_left_is_not_kept(mixtral, tmp_path, monkeypatch):
     """safetensors writes to a hidden file of its own beside the one asked for."""
     with monkeypatch.context() as patched:
-        patched.setattr("resmoe_kernels.python_ops.jobs.compress._finish", _interrupt)
+        patched.setattr("resmoe_kernels.python_ops.jobs.compress.finish", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             rk.compress(mixtral, tmp_path / "out", progress=False)
     (tmp_path / ".out.unfinished" / "checkpoint" / ".tmpAbC123").write_bytes(b"half a shard")
@@ -620,7 +621,7 @@ def test_someone_elses_folder_of_the_name_of_the_unfinished_one(mixtral, tmp_pat
 
 def test_an_unfinished_job_with_other_settings(mixtral, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "resmoe_kernels.python_ops.jobs.compress._finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        "resmoe_kernels.python_ops.jobs.compress.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         rk.compress(mixtral, tmp_path / "out", progress=False)

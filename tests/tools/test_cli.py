@@ -592,7 +592,7 @@ def test_compress_what_is_compressed(run, factored, tmp_path):
 
 def test_compress_beside_an_unfinished_job(run, dense, tmp_path, monkeypatch):
     """Refused with other settings; finished by the same ones."""
-    monkeypatch.setattr("resmoe_kernels.python_ops.jobs.compress._finish", lambda *_: sys.exit(3))
+    monkeypatch.setattr("resmoe_kernels.python_ops.jobs.compress.finish", lambda *_: sys.exit(3))
     assert run("compress", dense, tmp_path / "out").code == 3
     monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == [".out.unfinished"]
