@@ -240,12 +240,12 @@ def test_a_resumed_job_does_not_repeat_layers(mixtral, tmp_path, monkeypatch):
     calls: list[str] = []
     work = module._write_layer
 
-    def counted(made, path, file, spec):
+    def counted(made, path, *rest):
         if calls == ["model.layers.0.mlp.experts"]:
             calls.append("killed")
             raise KeyboardInterrupt
         calls.append(path)
-        work(made, path, file, spec)
+        work(made, path, *rest)
 
     monkeypatch.setattr(module, "_write_layer", counted)
     with pytest.raises(KeyboardInterrupt):
