@@ -417,7 +417,7 @@ def test_compress_a_bad_model(spoil, words, run, dense, tmp_path):
     ("flags", "words"),
     [
         (["--method", "magic"], ["method: 'magic' is not known; known are resmoe"]),
-        (["--residual", "none"], ["residual: must be one of lowrank, sparse, got 'none'"]),
+        (["--residual", "none"], ["residual: must be one of lowrank, sparse, full, got 'none'"]),
         (
             ["--residual", "sparse", "--sparse-layout", "csr"],
             ["sparse_layout: must be one of block, bitmap, got 'csr'"],
@@ -618,11 +618,11 @@ def fill(command: list[str], folder: Path, text: Path) -> list[object]:
 
 def from_the_future(folder: Path) -> None:
     quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
-    edit_config(folder, quantization_config={**quantization, "format_version": 2})
+    edit_config(folder, quantization_config={**quantization, "format_version": 3})
 
 
 BAD_RESULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "from the future": (from_the_future, ["format_version 2, newer than the 1", "upgrade resmoe_kernels"]),
+    "from the future": (from_the_future, ["format_version 3, newer than the 2", "upgrade resmoe_kernels"]),
     "without its index": (lambda f: (f / INDEX).unlink(), [f"no {SINGLE} and no {INDEX}"]),
     "a layer's file missing": (
         lambda f: (f / "experts-00001.safetensors").unlink(),
@@ -647,6 +647,27 @@ def test_read_a_bad_result(command, spoil, words, run, factored, text, tmp_path)
     folder = shutil.copytree(factored, tmp_path / "factored")
     spoil(folder)
     refused(run(*fill(command, folder, text)), *words)
+
+
+def test_compress_in_codes_and_requantise(run, dense, tmp_path):
+    """By part and by all, what inspect shows of it, and what is refused in one line."""
+    coded = tmp_path / "coded"
+    words = ("--residual", "full", "--base-bits", "8", "--residual-bits=4", "--group", "32")
+    made = run("compress", dense, coded, *words)
+    assert made.code == 0 and "base int8/32, values int4/32" in made.out and "base x1 + full residual" in made.out
+    requantised = run("requantise", coded, tmp_path / "less", "--bits", "2", "--group", "32")
+    assert (
+        requantised.code == 0 and "base int2/32, values int2/32" in requantised.out and ", then 0." in requantised.out
+    )
+    rows = {f: json.loads(run("inspect", tmp_path / f, "--json").out) for f in ("coded", "less")}
+    for row, less in zip(rows["coded"], rows["less"], strict=True):
+        assert less["bits_per_weight"] < row["bits_per_weight"] < 16
+        assert row["payloads"].startswith("base_gate_up=int8/32 ") and "values_down=int2/32" in less["payloads"]
+        assert row["kept"] == {"gate_up": 1.0, "down": 1.0} and row["density"] is None
+    refused(run("requantise", tmp_path / "less", tmp_path / "out", "--bits", "4"), "which has fewer bits than int4/128")
+    refused(run("compress", dense, tmp_path / "out", "--bits", "6"), "bits: must be one of 16, 8, 4, 3, 2, or none")
+    refused(run("compress", dense, tmp_path / "out", "--method", "quantise"), "bits: quantise needs 8, 4, 3 or 2")
+    refused(run("requantise", dense, tmp_path / "out", "--bits", "4"), "is not a factored checkpoint")
 
 
 def test_inspect_a_dense_model(run, dense):
