@@ -15,6 +15,10 @@
 // row), and after one another the stored values of a tile. The block and the bitmap layout of checkpoints
 // become this one; it needs no padding of rows: a row that is not there has no bits.
 //
+// A tensor of codes (payload.h) becomes tiles of the same 16 rows: first the scales of the tile, group after group,
+// [ceil(K / group)][row] bfloat16, then its units of 32 columns. Columns are padded to whole units, rows with
+// scales that are zero. u has no scales in its tiles, because it has one a rank: they multiply V x.
+//
 // The block is position independent, never written to disk, and carries everything needed to give the
 // checkpoint form back bit by bit. Equal tensors give equal blocks: what is not used is zero.
 #pragma once
@@ -23,6 +27,7 @@
 #include <cstdint>
 
 #include "parallel.h"
+#include "payload.h"
 
 namespace resmoe {
 
@@ -49,15 +54,19 @@ struct PackedMatrix {
   int64_t v_starts;      // (E + 1,) int64, bytes
   int64_t u;             // of expert e from u + u_starts[e]: (N, r) in tiles: the checkpoint's u transposed
   int64_t u_starts;      // (E + 1,) int64, bytes
-  int64_t mask;          // (E, tiles(), even(K) / 2) uint32
-  int64_t values;        // the stored values, tile after tile
+  int64_t u_scales;      // (R,) bfloat16, where u is coded
+  int64_t mask;          // (E, tiles(), even(K) / 2) uint32; 0 where the values are full
+  int64_t values;        // the stored values, tile after tile; full ones are E matrices (N, K) in tiles
   int64_t tile_starts;   // (E tiles() + 1,) int64: the first value of a tile, counted in values
   int64_t bias;          // (E, 16 tiles()) float32, padded with zeros
 
   int64_t block_kept;       // n of the block layout it came from, 0 for bitmap
   int64_t row_offset_size;  // 4 or 8: bytes of an element of the bitmap's row_offsets
 
+  Payload base_payload, u_payload, v_payload, values_payload;
+
   int64_t tiles() const { return halves * half_tiles; }
+  bool is_full() const { return values != 0 && mask == 0; }
 };
 
 struct PackedHeader {
@@ -65,24 +74,31 @@ struct PackedHeader {
   int64_t version;
   int64_t bytes;  // of the whole block, kSlack included
   int64_t experts, hidden, intermediate, groups;
-  Dtype dtype;  // of every floating-point tensor
+  Dtype dtype;  // of every tensor of floats but scales
   int32_t gated;
   int64_t group;  // (E,) int32; 0 where there is no base
   PackedMatrix gate_up, down;
 };
 
 inline constexpr uint64_t kPackedMagic = 0x65'6f'6d'73'65'72'2e'31;  // "1.resmoe"
-inline constexpr int64_t kPackedVersion = 1;
+inline constexpr int64_t kPackedVersion = 2;
 
-// Bytes of one tile of `columns` columns.
-constexpr int64_t tile_bytes(int64_t columns, Dtype dtype) {
-  return kTileRows * even(columns) * size_of(dtype);
+// Bytes of the scales at the beginning of a coded tile, and of a whole tile of `columns` columns.
+constexpr int64_t scale_bytes(int64_t columns, Payload payload) {
+  return (groups_of(columns, payload) * kTileRows * 2 + kAlignment - 1) / kAlignment * kAlignment;
+}
+constexpr int64_t tile_bytes(int64_t columns, Dtype dtype, Payload payload = {}) {
+  return payload.bits == 0 ? kTileRows * even(columns) * size_of(dtype)
+                           : scale_bytes(columns, payload) + units_of(columns) * kAlignment * payload.bits;
 }
 
 // The checkpoint form, which resmoe_kernels/factored.py defines (factorization "stacked"): contiguous
 // tensors. Void is const void for one to be read, void for one to be written. Which parts there are: those
 // whose index tensor is not null (group for the bases, rank_offsets for u and v, mask for values), because an
-// empty tensor may have no address.
+// empty tensor may have no address. Full values, which have no mask, are there where they are not null.
+//
+// A coded tensor is its codes, uint8 with stored_row_bytes(last dimension) in place of the last dimension, and
+// its scales, bfloat16: (G, N, groups), (R,) of u, (R, groups) of v, (E, N, groups) of full values.
 template <typename Void>
 struct FactoredMatrix {
   Void* base = nullptr;          // (G, N, K)
@@ -91,8 +107,11 @@ struct FactoredMatrix {
   Void* v = nullptr;             // (R, K)
   Void* mask = nullptr;          // (E, N, ceil(K / 32)) uint32
   Void* row_offsets = nullptr;   // bitmap layout only: (E N + 1,) int32 or int64
-  Void* values = nullptr;        // block layout: (E, N, ceil(K / 32), block_kept); bitmap layout: (nnz,)
+  Void* values = nullptr;        // block layout: (E, N, ceil(K / 32), block_kept); bitmap layout: (nnz,);
+                                 // full: (E, N, K)
   Void* bias = nullptr;          // (E, N)
+  Void *base_scales = nullptr, *u_scales = nullptr, *v_scales = nullptr, *values_scales = nullptr;
+  Payload base_payload, u_payload, v_payload, values_payload;  // of values: only where they are full
   int64_t ranks = 0;             // R
   int64_t nnz = 0;
   int64_t block_kept = 0;       // n of the block layout, 0 for bitmap
@@ -102,7 +121,7 @@ struct FactoredMatrix {
 template <typename Void>
 struct Factored {
   int64_t experts = 0, hidden = 0, intermediate = 0, groups = 0;
-  Dtype dtype = Dtype::bfloat16;  // of every floating-point tensor
+  Dtype dtype = Dtype::bfloat16;  // of every tensor of floats but scales
   bool gated = true;
   Void* group = nullptr;  // (E,) int32
   FactoredMatrix<Void> gate_up, down;
@@ -113,8 +132,9 @@ struct Factored {
 
 // Bytes of the block of this layer.
 // Both throw std::invalid_argument, naming the tensor, the rule and what came, where contents would lead a
-// kernel out of bounds or would not come back as they are: groups, offsets, masks, and the values of a
-// narrower last word of the block layout, which must be zero behind those that count.
+// kernel out of bounds or would not come back as they are: groups, offsets, masks, the values of a narrower
+// last word of the block layout, which must be zero behind those that count, codes that fill a row up, which
+// must be zero, and scales, which must be finite and not negative.
 int64_t packed_bytes(const Factored<const void>& from);
 
 // Fills a block of packed_bytes(from) bytes, kAlignment aligned.
@@ -123,8 +143,8 @@ void pack(const Factored<const void>& from, void* block, const ParallelFor& para
 // The header of a block of `bytes` bytes. Throws std::invalid_argument where it is none.
 const PackedHeader& check_packed(const void* block, int64_t bytes);
 
-// What a checked block holds: all sizes, and for each part that is there an index tensor that is not null.
-// Pointers of `unpack`'s argument must replace them.
+// What a checked block holds: all sizes, and for each part that is there an index tensor (full values: the
+// tensor) that is not null. Pointers of `unpack`'s argument must replace them.
 Factored<const void> packed_sizes(const void* block);
 
 // Fills the tensors of `to`, which has the sizes of packed_sizes(block).

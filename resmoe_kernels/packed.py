@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resmoe_kernels import ops
-from resmoe_kernels.factored import FactoredExperts
+from resmoe_kernels.factored import MATRICES, FactoredExperts
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +53,10 @@ def declines(weights: FactoredExperts, activation: str = "silu") -> str | None:
     """What of a layer the CPU kernels do not serve, None if they serve it all. Reads no contents."""
     if weights.factorization != "stacked":
         return f"factorization {weights.factorization!r}"
-    if (declined := weights.declined_payload()) is not None:
-        return declined
+    for matrix in MATRICES:
+        payload = weights.payload(f"values_{matrix}")
+        if payload is not None and not weights.has_full(matrix):
+            return f"values_{matrix} of {payload} under a mask"
     dtypes = weights.dtypes()
     names = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
     if len(dtypes) > 1:

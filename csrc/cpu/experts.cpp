@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <bit>
 #include <cstring>
 #include <vector>
 
@@ -180,13 +181,15 @@ class Layer {
   bool onto_base(const Matrix& matrix, const Routing::Group& group) const {
     const int64_t saved = group.items_end - group.items_begin;
     const int64_t cost = kernels_.base_cost * (group.experts_end - group.experts_begin);
-    return group.id >= 0 && matrix.is_sparse() && kernels_.base_cost > 0 && saved > cost;
+    return group.id >= 0 && matrix.is_sparse() && !matrix.has_coded_base() && kernels_.base_cost > 0 &&
+           saved > cost;
   }
   // The first of an expert's residuals; empty where it has none.
   Panel residual(const Matrix& matrix, int64_t expert, int64_t first, int64_t tiles) const {
     const int32_t id = routing_.experts[static_cast<size_t>(expert)].id;
     if (matrix.rank(id) > 0) return matrix.u(id, first, tiles);
-    return matrix.is_sparse() ? matrix.sparse(id, first, tiles) : Panel{};
+    if (matrix.is_sparse()) return matrix.sparse(id, first, tiles);
+    return matrix.is_full() ? matrix.full(id, first, tiles) : Panel{};
   }
   // The first panel of a task, or of the first task of a later phase where the phase has no such task.
   Panel first_panel(int phase, int64_t task) const {
@@ -206,8 +209,7 @@ class Layer {
   // Fetches the n-th kilobyte of every tile of a task's first panel; false past 64 KiB a tile or the end.
   bool fetch_for(int phase, int64_t task, int64_t n) const {
     const Panel panel = first_panel(phase, task);
-    if (n >= 64 || n * 1024 >= tile_bytes(panel.columns, header_.dtype) || panel.masks[0] != nullptr)
-      return false;
+    if (n >= 64 || n * 1024 >= panel.tile_bytes) return false;
     for (int64_t j = 0; j < panel.tiles; ++j)
       for (int64_t b = 0; b < 1024; b += 64) __builtin_prefetch(panel.values[j] + n * 1024 + b, 0, 2);
     return true;
@@ -220,7 +222,7 @@ class Layer {
                 static_cast<size_t>(operands.row_bytes - columns * operands.element));
   }
 
-  // low[pair] = V_e row[pair] for one expert and up to 64 of its ranks.
+  // low[pair] = V_e row[pair] for one expert and up to 64 of its ranks, times the scales of a coded U_e.
   void run_shrink(const Matrix& matrix, int64_t number, const void* const* rows, const Operands& low,
                   const Scratch& scratch) const {
     const int phase = &matrix == &gate_up_ ? shrink : shrink_down;
@@ -233,8 +235,11 @@ class Layer {
     kernels_.multiply(panel, rows + expert.pairs_begin, scratch.out, m, &next, scratch.multiply);
     const int64_t column = kTileRows * task.first_tile;
     const int64_t n = std::min(kTileRows * panel.tiles, rank - column);
+    const uint16_t* const scales = matrix.u_scales(expert.id);
     for (int64_t i = 0; i < m; ++i) {
       const int64_t pair = expert.pairs_begin + i;
+      for (int64_t c = 0; scales != nullptr && c < n; ++c)
+        scratch.out[i][c] *= std::bit_cast<float>(uint32_t{scales[column + c]} << 16);
       kernels_.to_operand(scratch.out[i], low.at(pair, column), n);
       if (column + n == rank) clear(low, pair, rank);
     }
@@ -301,6 +306,9 @@ class Layer {
     if (gate_up_.is_sparse())
       kernels_.multiply(gate_up_.sparse(expert.id, first, tiles, onto_base(gate_up_, group) ? group.id : -1),
                         x_of_pairs() + begin, scratch.out, m, &next, scratch.multiply);
+    if (gate_up_.is_full())
+      kernels_.multiply(gate_up_.full(expert.id, first, tiles), x_of_pairs() + begin, scratch.out, m, &next,
+                        scratch.multiply);
     for (int64_t i = 0; i < m; ++i) {
       scratch.rows[i] = h_.at(begin + i, column);
       scratch.sums[i] = scratch.sum + routing_.pair_item[static_cast<size_t>(begin + i)] * n;
@@ -364,6 +372,9 @@ class Layer {
       const Panel panel = down_.sparse(expert.id, first, tiles, onto_base(down_, group) ? group.id : -1);
       kernels_.multiply(panel, h_rows_.data() + begin, scratch.out, m, &next, scratch.multiply);
     }
+    if (down_.is_full())
+      kernels_.multiply(down_.full(expert.id, first, tiles), h_rows_.data() + begin, scratch.out, m, &next,
+                        scratch.multiply);
   }
 
   const PackedHeader& header_;

@@ -24,6 +24,8 @@ enum class Activation { silu, gelu, gelu_tanh, relu, relu2, identity };
 struct Panel {
   int64_t columns = 0;
   int64_t tiles = 0;
+  Payload payload = {};    // of a dense panel
+  int64_t tile_bytes = 0;  // of a tile of a dense panel; 0 in a sparse one
   const std::byte* values[kPanelTiles] = {};  // a tile; in a sparse matrix its first stored value
   const uint32_t* masks[kPanelTiles] = {};    // sparse only, else null
   // Sparse only, and only where Kernels::base_cost says so: dense tiles that the stored values are added to.

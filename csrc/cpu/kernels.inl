@@ -26,6 +26,7 @@
 //     add(line, line)        the sum, rounded to the type of the weights
 //     Pair, pair(x, step)    two elements of an operand for all lanes
 //     dot(sum, line, pair)   sum + line . pair
+//     Coded              the Step that multiplies coded tiles, see kernels_codes.inl
 
 // ((c0 x + c1) x + c2) x + ...
 template <typename... Coefficients>
@@ -342,7 +343,7 @@ void multiply_tiles(const Panel& panel, int64_t first, const void* const* x, flo
       after_steps = least(steps - x0 - width, width);
       for (int j = 0; j < kTiles; ++j) dense[j].after = dense[j].tile + width * Step::kBytes;
     } else if (next != nullptr && next->masks[0] == nullptr && next->tiles > 0) {
-      after_steps = least(even(next->columns) / 2, width);
+      after_steps = least(next->tile_bytes / Step::kBytes, width);
       for (int j = 0; j < kTiles; ++j) dense[j].after = next->values[least(first + j, next->tiles - 1)];
     }
     dense_blocks<Step, kTiles>(dense, x0, width, after_steps, x, out, m, column);
@@ -350,10 +351,13 @@ void multiply_tiles(const Panel& panel, int64_t first, const void* const* x, flo
   }
 }
 
+#include "kernels_codes.inl"
+
 template <class Step>
 void multiply(const Panel& panel, const void* const* x, float* const* out, int64_t m, const Panel* next,
               std::byte* scratch) {
   if (m == 0) return;
+  if (panel.payload.is_coded()) return multiply_codes<typename Step::Coded>(panel, x, out, m, next, scratch);
   for (int64_t first = 0; first < panel.tiles;) {
     const int64_t left = panel.tiles - first;
     if constexpr (Step::kTiles >= 4) {

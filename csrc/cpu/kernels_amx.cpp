@@ -15,6 +15,8 @@ namespace {
 // Sapphire Rapids: 76 GFLOP/s against 17 GB/s of weights a core), while a tile multiplies 16 rows or none.
 constexpr int64_t kMinRows = 4;
 
+#include "lanes_avx512.inl"
+
 constexpr int64_t kStepLines = 16;  // lines of a weight tile (pairs of columns) of one tdpbf16ps
 constexpr int64_t kLineBytes = 64;  // 16 rows x 2 columns, and 32 columns of an operand row
 constexpr int64_t kTileBytes = kStepLines * kLineBytes;
@@ -168,6 +170,54 @@ void expand(Panel& panel, int64_t lines, int64_t steps, Scratch& scratch) {
     }
 }
 
+// 32 bfloat16, pairs of two columns of 16 rows, times a scale a row: the one rounding of a weight that is staged.
+__m512i scaled(__m512i line, __m512 scale) {
+  const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(line, 16)),
+               odd = _mm512_castsi512_ps(_mm512_and_si512(line, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  const auto words = [&](__m512 values) {
+    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(values, scale)));
+  };
+  return _mm512_or_si512(words(even), _mm512_slli_epi32(words(odd), 16));
+}
+
+// A coded panel: the steps [from, from + steps) of every tile, whose units they are, as weights. Sums of a group would
+// have to leave the tile registers for their scale, every 32 to 128 columns and for every 16 rows, which takes longer
+// than their products: so operands are scaled instead, once for all rows. u has no scales, and is not rounded.
+template <int bits>
+void stage_codes(const Panel& panel, int64_t from, int64_t steps, Scratch& scratch) {
+  using Words = CodeWords<bits>;
+  const int64_t scales = scale_bytes(panel.columns, panel.payload), group = panel.payload.group;
+  for (int64_t s = 0; s < steps; ++s)
+    for (int64_t j = 0; j < panel.tiles; ++j) {
+      const std::byte* const tile = panel.values[j];
+      const std::byte* const unit = tile + scales + (from + s) * kLineBytes * bits;
+      const int64_t row_of_scales = group == 0 ? 0 : (from + s) * kUnitColumns / group;
+      const __m512 scale =
+          Lanes::load_bfloat16(reinterpret_cast<const uint16_t*>(tile) + row_of_scales * kTileRows);
+      std::byte* const to = scratch.weights[j] + s * kTileBytes;
+      for (int64_t b = 0; b < kLineBytes * bits; b += kLineBytes) prefetch(unit + kPrefetchBytes + b);
+      each<Words::kParts>([&]<int part>() {
+        each<Words::kLines>([&]<int i>() {
+          const __m512i line = Words::template line<i>(unit + part * Words::kBytes);
+          _mm512_store_si512(to + (part * Words::kLines + i) * kLineBytes, group == 0 ? line : scaled(line, scale));
+        });
+      });
+    }
+}
+
+void stage_codes(const Panel& panel, int64_t from, int64_t steps, Scratch& scratch) {
+  switch (panel.payload.bits) {
+    case 8:
+      return stage_codes<8>(panel, from, steps, scratch);
+    case 4:
+      return stage_codes<4>(panel, from, steps, scratch);
+    case 3:
+      return stage_codes<3>(panel, from, steps, scratch);
+    case 2:
+      return stage_codes<2>(panel, from, steps, scratch);
+  }
+}
+
 // Copies the lines behind the last whole step and fills the step up with zeros.
 const std::byte* fill_up(const std::byte* from, int64_t lines, std::byte* to) {
   for (int64_t line = 0; line < kStepLines; ++line)
@@ -189,7 +239,7 @@ void multiply(const Panel& panel, const void* const* x, float* const* out, int64
   }
   Tiles::configure(config);
   Scratch& scratch = *reinterpret_cast<Scratch*>(scratch_bytes);
-  const bool sparse = panel.masks[0] != nullptr;
+  const bool sparse = panel.masks[0] != nullptr, coded = panel.payload.is_coded(), staged = sparse || coded;
   const int64_t lines = even(panel.columns) / 2, steps = steps_of(panel.columns);
   // Blocks of nearly equal length.
   const int64_t blocks = (steps + kMaxBlockSteps - 1) / kMaxBlockSteps;
@@ -198,13 +248,14 @@ void multiply(const Panel& panel, const void* const* x, float* const* out, int64
     const int64_t end = steps * (b + 1) / blocks;
     const bool last = b + 1 == blocks;
     const int64_t block_lines = (last ? lines : end * kStepLines) - from * kStepLines;
-    Block block{end - from, sparse ? end - from : block_lines / kStepLines, 0};
+    Block block{end - from, staged ? end - from : block_lines / kStepLines, 0};
     if (sparse) expand(left, block_lines, block.steps, scratch);
+    if (coded) stage_codes(panel, from, block.steps, scratch);
 
     Weights weights[kPanelTiles] = {};
     for (int64_t j = 0; j < panel.tiles; ++j) {
-      weights[j].at = sparse ? scratch.weights[j] : left.values[j];
-      if (sparse) continue;
+      weights[j].at = staged ? scratch.weights[j] : left.values[j];
+      if (staged) continue;
       left.values[j] += block_lines * kLineBytes;
       if (block.whole < block.steps)
         weights[j].rest =
@@ -214,11 +265,11 @@ void multiply(const Panel& panel, const void* const* x, float* const* out, int64
     // them from the cache, the next block is fetched: of this panel or, after the last one, of the next
     // panel.
     const Panel* const then = last ? next : &left;
-    const bool is_dense = then != nullptr && then->tiles > 0 && then->masks[0] == nullptr;
-    const int64_t then_steps = !is_dense ? 0 : last ? steps_of(then->columns) : block.steps;
+    const bool is_dense = then != nullptr && then->tiles > 0 && then->masks[0] == nullptr && (last || !coded);
+    const int64_t then_steps = !is_dense ? 0 : last ? then->tile_bytes / kTileBytes : block.steps;
     for (int64_t i = 0; i < m; i += 2 * kTileRows) {
       const int64_t rows = m - i < 2 * kTileRows ? m - i : 2 * kTileRows;
-      block.asking = i == 0 ? (sparse ? 0 : block.steps) : i == 2 * kTileRows ? then_steps : 0;
+      block.asking = i == 0 ? (staged ? 0 : block.steps) : i == 2 * kTileRows ? then_steps : 0;
       for (int64_t j = 0; j < panel.tiles && block.asking > 0; ++j)
         weights[j].ahead = i == 0 ? weights[j].at + kPrefetchBytes : then->values[j < then->tiles ? j : 0];
       multiply_rows(x + i, weights, panel.tiles, from * kLineBytes, block, out + i, rows, scratch);

@@ -2,6 +2,8 @@
 // Compiled with -mavx2 -mfma -mf16c.
 #include <immintrin.h>
 
+#include <utility>
+
 #include "kernels.h"
 
 namespace resmoe {
@@ -121,6 +123,43 @@ __m256 expand_floats(const std::byte* values, uint32_t mask8) {
   return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(place, 31)), spread);
 }
 
+// The lines of a part of a coded unit, widened: a 32-bit lane holds the words of two columns.
+template <int bits>
+struct CodeWords {
+  static constexpr int kParts = bits == 3 ? 1 : bits;
+  static constexpr int kLines = 16 / kParts;
+  static constexpr int64_t kBytes = 64 * bits / kParts;
+  struct Line {
+    Lanes::Floats even, odd;
+  };
+
+  // 8 rows: those of lanes at `part`, whose words' lowest bit is `shift`.
+  template <int i, int shift>
+  static __m256 values(const std::byte* part) {
+    const auto words = [&](int at) {
+      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(part + 64 * at));
+    };
+    const auto bit = [&](int at) {  // of the last line of 3 bits
+      return _mm256_slli_epi32(
+          _mm256_and_si256(_mm256_srli_epi32(words(at), shift + 15), _mm256_set1_epi32(1)), at);
+    };
+    __m256i code;
+    if constexpr (bits == 3 && i == 15) {
+      code = _mm256_or_si256(bit(0), _mm256_or_si256(bit(1), bit(2)));
+    } else {
+      constexpr int in_word = bits == 3 ? i % 5 : i;
+      code = _mm256_and_si256(_mm256_srli_epi32(words(bits == 3 ? i / 5 : 0), shift + bits * in_word),
+                              _mm256_set1_epi32((1 << bits) - 1));
+    }
+    constexpr float middle = static_cast<float>((1 << bits) - 1) / 2;
+    return _mm256_sub_ps(_mm256_cvtepi32_ps(code), _mm256_set1_ps(middle));
+  }
+  template <int i>
+  static Line line(const std::byte* part) {
+    return {{values<i, 0>(part), values<i, 0>(part + 32)}, {values<i, 16>(part), values<i, 16>(part + 32)}};
+  }
+};
+
 template <Dtype kWeight>
 struct WideningStep {
   static constexpr Dtype weight = kWeight;
@@ -192,6 +231,18 @@ struct WideningStep {
       Lanes::store_float16(words + 16, line.odd);
     }
   }
+  using Coded = WideningStep<Dtype::bfloat16>;
+  static constexpr int kCodeRows = 1;
+  template <int bits>
+  static constexpr int kCodeBlocks = 1;
+  template <int bits>
+  struct Codes : CodeWords<bits> {
+    template <int i>
+    static Line line(const std::byte* part) {
+      const auto line = CodeWords<bits>::template line<i>(part);
+      return {line.even, line.odd};
+    }
+  };
   static constexpr int64_t kBaseCost = 0;  // as in lanes_avx512.inl
   static Pair pair(const void* x, int64_t step) { return {static_cast<const float*>(x) + 2 * step}; }
   static Lanes::Floats dot(Lanes::Floats sum, Line line, Pair pair) {

@@ -2,6 +2,8 @@
 // float32. Compiled with -mavx512{f,bw,dq,vl} -mfma -mf16c.
 #include <immintrin.h>
 
+#include <utility>
+
 #include "kernels.h"
 
 namespace resmoe {

@@ -1,5 +1,7 @@
 // Any CPU: plain C++ in loops over 16 lanes, which compilers turn into whatever vectors there are. Weights
 // are widened and multiplied in float32. Compiled without flags of its own.
+#include <utility>
+
 #include "kernels.h"
 
 namespace resmoe {
@@ -117,6 +119,31 @@ struct Lanes {
 
 #include "kernels.inl"
 
+// The lines of a part of a coded unit: words of 16 bits, pairs of the even and the odd column.
+template <int bits>
+struct CodeWords {
+  static constexpr int kParts = bits == 3 ? 1 : bits;
+  static constexpr int kLines = 16 / kParts;
+  static constexpr int64_t kBytes = 64 * bits / kParts;
+
+  template <int i>
+  static float value(const std::byte* part, int element) {
+    const auto word = [&](int at) {
+      uint16_t bits16;
+      __builtin_memcpy(&bits16, part + 64 * at + 2 * element, 2);
+      return int{bits16};
+    };
+    int code;
+    if constexpr (bits == 3 && i == 15) {
+      code = word(0) >> 15 | word(1) >> 15 << 1 | word(2) >> 15 << 2;
+    } else {
+      constexpr int in_word = bits == 3 ? i % 5 : i;
+      code = word(bits == 3 ? i / 5 : 0) >> bits * in_word & ((1 << bits) - 1);
+    }
+    return static_cast<float>(code) - static_cast<float>((1 << bits) - 1) / 2;
+  }
+};
+
 template <Dtype kWeight>
 struct WideningStep {
   static constexpr Dtype weight = kWeight;
@@ -164,6 +191,18 @@ struct WideningStep {
       Lanes::store_float16(words + 16, line.odd);
     }
   }
+  using Coded = WideningStep<Dtype::bfloat16>;
+  static constexpr int kCodeRows = 1;
+  template <int bits>
+  static constexpr int kCodeBlocks = 1;
+  template <int bits>
+  struct Codes : CodeWords<bits> {
+    template <int i>
+    static Line line(const std::byte* part) {
+      return {Lanes::each([&](int r) { return CodeWords<bits>::template value<i>(part, 2 * r); }),
+              Lanes::each([&](int r) { return CodeWords<bits>::template value<i>(part, 2 * r + 1); })};
+    }
+  };
   static constexpr int64_t kBaseCost = 0;  // as in lanes_avx512.inl
   static Pair pair(const void* x, int64_t step) {
     const auto* both = static_cast<const float*>(x) + 2 * step;

@@ -43,6 +43,69 @@ struct Lanes {
   }
 };
 
+// c - (2^bits - 1) / 2 as bfloat16, for every index of vpermw, which reads 5 bits: what lies above a code's bits
+// changes nothing.
+template <int bits>
+struct CodeValues {
+  alignas(64) uint16_t of[32];
+  constexpr CodeValues() : of{} {
+    for (int i = 0; i < 32; ++i) {
+      const float value = static_cast<float>(i % (1 << bits)) - static_cast<float>((1 << bits) - 1) / 2;
+      of[i] = static_cast<uint16_t>(__builtin_bit_cast(uint32_t, value) >> 16);
+    }
+  }
+};
+template <int bits>
+inline constexpr CodeValues<bits> kCodeValues;
+
+// The lines of a part of a coded unit as 32 bfloat16: a shift and a look-up each.
+template <int bits>
+struct CodeWords {
+  static constexpr int kParts = bits == 3 ? 1 : bits;
+  static constexpr int kLines = 16 / kParts;
+  static constexpr int64_t kBytes = 64 * bits / kParts;
+
+  static __m512i load(const std::byte* part, int i) { return _mm512_loadu_si512(part + 64 * i); }
+  template <int i>
+  static __m512i codes(const std::byte* part) {
+    if constexpr (bits == 3 && i == 15) {  // bit 15 of three words
+      const __m512i low = _mm512_srli_epi16(load(part, 0), 15), middle = _mm512_srli_epi16(load(part, 1), 14),
+                    high = _mm512_srli_epi16(load(part, 2), 13);
+      const __m512i two = _mm512_ternarylogic_epi32(_mm512_set1_epi16(1), low, middle, 0xca);
+      return _mm512_ternarylogic_epi32(_mm512_set1_epi16(3), two, high, 0xca);
+    } else {
+      constexpr int in_word = bits == 3 ? i % 5 : i;
+      const __m512i words = load(part, bits == 3 ? i / 5 : 0);
+      return in_word == 0 ? words : _mm512_srli_epi16(words, bits * in_word);
+    }
+  }
+  template <int i>
+  static __m512i line(const std::byte* part) {
+    return _mm512_permutexvar_epi16(codes<i>(part), _mm512_load_si512(kCodeValues<bits>.of));
+  }
+};
+
+// 8 bits: c / 256 are the first bits of a float's fraction, so that 256 + c takes no conversion.
+template <>
+struct CodeWords<8> {
+  static constexpr int kParts = 8, kLines = 2;
+  static constexpr int64_t kBytes = 64;
+  template <int i>
+  static __m512 values(__m512i words, bool odd) {  // of the even or the odd column
+    const __m512i fraction = i == 0 ? (odd ? _mm512_srli_epi32(words, 1) : _mm512_slli_epi32(words, 15))
+                                    : (odd ? _mm512_srli_epi32(words, 9) : _mm512_slli_epi32(words, 7));
+    const __m512i bits = _mm512_ternarylogic_epi32(fraction, _mm512_set1_epi32(0x7f8000),
+                                                   _mm512_set1_epi32(0x43800000), 0xea);  // (a & b) | c
+    return _mm512_sub_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(256 + 127.5f));
+  }
+  template <int i>
+  static __m512i line(const std::byte* part) {
+    const __m512i words = _mm512_loadu_si512(part);
+    return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(values<i>(words, false)), 16),
+                           _mm512_castps_si512(values<i>(words, true)));
+  }
+};
+
 // Weights of any type, widened, times float32 operands. `Words` spreads up to 32 stored 16-bit values to the
 // set bits of a mask.
 template <Dtype kWeight, class Words>
@@ -97,6 +160,17 @@ struct WideningStep {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes + 32), _mm512_cvtps_ph(line.odd, nearest));
     }
   }
+  using Coded = WideningStep<Dtype::bfloat16, Words>;
+  static constexpr int kCodeRows = 3;
+  template <int bits>
+  static constexpr int kCodeBlocks = 1;
+  template <int bits>
+  struct Codes : CodeWords<bits> {
+    template <int i>
+    static Line line(const std::byte* part) {
+      return of_words(CodeWords<bits>::template line<i>(part));
+    }
+  };
   // Sums of float32 weights, rounded, would double the error; narrower ones are less exact than the operands.
   static constexpr int64_t kBaseCost = 0;
   static Pair pair(const void* x, int64_t step) { return {static_cast<const float*>(x) + 2 * step}; }

@@ -25,11 +25,11 @@ struct Layout {
 };
 
 int64_t v_bytes(const PackedMatrix& m, int64_t rank, Dtype dtype) {
-  return tiles_of(rank) * tile_bytes(m.columns, dtype);
+  return tiles_of(rank) * tile_bytes(m.columns, dtype, m.v_payload);
 }
 
 int64_t u_bytes(const PackedMatrix& m, int64_t rank, Dtype dtype) {
-  return m.tiles() * tile_bytes(rank, dtype);
+  return m.tiles() * tile_bytes(rank, dtype, m.u_payload);
 }
 
 void check_offsets(const char* name, const char* matrix, int64_t count, int64_t total, auto offset) {
@@ -46,6 +46,17 @@ int64_t block_values(const PackedMatrix& m) {  // in one row
   return (words_of(m.columns) - 1) * m.block_kept + std::min(m.block_kept, last);
 }
 
+// `a_row`: u, whose scales are one a rank.
+void check_payload(const char* stem, const char* matrix, Payload payload, bool a_row = false) {
+  if (payload == Payload{}) return;
+  if (payload.bits != 8 && payload.bits != 4 && payload.bits != 3 && payload.bits != 2)
+    refuse(stem, matrix, ": codes must have 8, 4, 3 or 2 bits, got ", payload.bits);
+  if (a_row && payload.group != 0)
+    refuse(stem, matrix, ": must have one scale a rank, a group of 0, got ", payload.group);
+  if (!a_row && payload.group != 32 && payload.group != 64 && payload.group != 128)
+    refuse(stem, matrix, ": a group must be 32, 64 or 128 columns, got ", payload.group);
+}
+
 PackedMatrix lay_out_matrix(const Factored<const void>& from, bool down, Layout& layout) {
   const char* name = down ? "down" : "gate_up";
   const auto& f = down ? from.down : from.gate_up;
@@ -54,8 +65,14 @@ PackedMatrix lay_out_matrix(const Factored<const void>& from, bool down, Layout&
   m.columns = from.columns(down);
   m.halves = !down && from.gated ? 2 : 1;
   m.half_tiles = tiles_of(m.rows / m.halves);
+  m.base_payload = f.base_payload, m.u_payload = f.u_payload;
+  m.v_payload = f.v_payload, m.values_payload = f.values_payload;
+  check_payload("base_", name, m.base_payload);
+  check_payload("u_", name, m.u_payload, true);
+  check_payload("v_", name, m.v_payload);
+  check_payload("values_", name, m.values_payload);
   if (from.group != nullptr)
-    m.base = layout.take(from.groups * m.tiles() * tile_bytes(m.columns, from.dtype));
+    m.base = layout.take(from.groups * m.tiles() * tile_bytes(m.columns, from.dtype, m.base_payload));
   if (f.rank_offsets != nullptr) {
     const auto* offsets = static_cast<const int32_t*>(f.rank_offsets);
     check_offsets("rank_offsets_", name, from.experts, f.ranks, [=](int64_t i) { return offsets[i]; });
@@ -69,7 +86,13 @@ PackedMatrix lay_out_matrix(const Factored<const void>& from, bool down, Layout&
     m.u_starts = layout.take((from.experts + 1) * 8);
     m.v = layout.take(v);
     m.u = layout.take(u);
+    if (m.u_payload.is_coded()) m.u_scales = layout.take(f.ranks * 2);
   }
+  if (f.mask != nullptr && m.values_payload.is_coded())
+    refuse("values_", name, ": codes must be those of a full residual, got a mask too; the reference runs them");
+  if (f.mask == nullptr && f.values != nullptr)
+    m.values =
+        layout.take(from.experts * m.tiles() * tile_bytes(m.columns, from.dtype, m.values_payload));
   if (f.mask != nullptr) {
     m.block_kept = f.block_kept;
     m.row_offset_size = f.row_offset_size;
@@ -153,15 +176,18 @@ void move_dense(const PackedHeader& header, const PackedMatrix& m, OfBlock<Void,
                 const FactoredMatrix<Void>& f, const ParallelFor& parallel_for) {
   const bool pairs = header.dtype == Dtype::bfloat16;
   const int64_t rows = m.rows, columns = m.columns;
-  if (m.base != 0)
-    parallel_for(header.groups * m.tiles(), [&](int64_t begin, int64_t end) {
+  const auto move_matrices = [&](Void* tensors, int64_t part, int64_t count) {
+    parallel_for(count * m.tiles(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const TileRows own = rows_of(m, i % m.tiles());
-        auto* matrix = tensor<Void, T>(f.base) + (i / m.tiles() * rows + own.first) * columns;
-        auto* tile = at<T>(block, m.base + i * tile_bytes(columns, header.dtype));
+        auto* matrix = tensor<Void, T>(tensors) + (i / m.tiles() * rows + own.first) * columns;
+        auto* tile = at<T>(block, part + i * tile_bytes(columns, header.dtype));
         Tile<Void, T>{tile, matrix, columns, 1, own.count, columns}.move(pairs);
       }
     });
+  };
+  if (m.base != 0 && !m.base_payload.is_coded()) move_matrices(f.base, m.base, header.groups);
+  if (m.is_full() && !m.values_payload.is_coded()) move_matrices(f.values, m.values, header.experts);
   if (m.rank_offsets == 0) return;
   const auto* offsets = at<int32_t>(block, m.rank_offsets);
   const auto* v_starts = at<int64_t>(block, m.v_starts);
@@ -169,13 +195,13 @@ void move_dense(const PackedHeader& header, const PackedMatrix& m, OfBlock<Void,
   parallel_for(header.experts, [&](int64_t begin, int64_t end) {
     for (int64_t e = begin; e < end; ++e) {
       const int64_t first = offsets[e], rank = offsets[e + 1] - first;
-      for (int64_t i = 0; i < tiles_of(rank); ++i) {
+      for (int64_t i = 0; !m.v_payload.is_coded() && i < tiles_of(rank); ++i) {
         auto* matrix = tensor<Void, T>(f.v) + (first + i * kTileRows) * columns;
         auto* tile = at<T>(block, m.v + v_starts[e] + i * tile_bytes(columns, header.dtype));
         const int64_t count = std::min(kTileRows, rank - i * kTileRows);
         Tile<Void, T>{tile, matrix, columns, 1, count, columns}.move(pairs);
       }
-      for (int64_t i = 0; rank != 0 && i < m.tiles(); ++i) {
+      for (int64_t i = 0; !m.u_payload.is_coded() && rank != 0 && i < m.tiles(); ++i) {
         const TileRows own = rows_of(m, i);
         auto* matrix = tensor<Void, T>(f.u) + first * rows + own.first;
         auto* tile = at<T>(block, m.u + u_starts[e] + i * tile_bytes(rank, header.dtype));
@@ -245,6 +271,7 @@ void pack_layer(const Factored<const void>& from, const PackedHeader& header, st
       }
     }
     pack_sparse(header, m, down ? "down" : "gate_up", block, f, parallel_for);
+    pack_codes(header, m, down ? "down" : "gate_up", block, f, parallel_for);
     move_dense<T>(header, m, block, f, parallel_for);
     move_bias<T>(header, m, block, f);
   }
@@ -260,6 +287,7 @@ void unpack_layer(const PackedHeader& header, const std::byte* block, const Fact
     if (m.rank_offsets != 0)
       std::memcpy(f.rank_offsets, block + m.rank_offsets, static_cast<size_t>(to.experts + 1) * 4);
     unpack_sparse(header, m, block, f, parallel_for);
+    unpack_codes(header, m, block, f, parallel_for);
     move_dense<T>(header, m, block, f, parallel_for);
     move_bias<T>(header, m, block, f);
   }
@@ -319,6 +347,9 @@ Factored<const void> packed_sizes(const void* block) {
     f.rank_offsets = part(m.rank_offsets);
     f.mask = part(m.mask);
     f.bias = part(m.bias);
+    if (m.is_full()) f.values = part(m.values);
+    f.base_payload = m.base_payload, f.u_payload = m.u_payload;
+    f.v_payload = m.v_payload, f.values_payload = m.values_payload;
     f.block_kept = m.block_kept;
     f.row_offset_size = m.row_offset_size;
     if (m.rank_offsets != 0) f.ranks = at<int32_t>(block, m.rank_offsets)[header.experts];

@@ -48,4 +48,11 @@ void pack_sparse(const PackedHeader& header, const PackedMatrix& m, const char* 
 void unpack_sparse(const PackedHeader& header, const PackedMatrix& m, const std::byte* block,
                    const FactoredMatrix<void>& f, const ParallelFor& parallel_for);
 
+// The coded tensors of one matrix, from a checkpoint's order to that of tiles and back; nothing where there are
+// none. pack_codes throws as pack does.
+void pack_codes(const PackedHeader& header, const PackedMatrix& m, const char* name, std::byte* block,
+                const FactoredMatrix<const void>& f, const ParallelFor& parallel_for);
+void unpack_codes(const PackedHeader& header, const PackedMatrix& m, const std::byte* block,
+                  const FactoredMatrix<void>& f, const ParallelFor& parallel_for);
+
 }  // namespace resmoe

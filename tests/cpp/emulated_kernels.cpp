@@ -1,4 +1,4 @@
-// The CUDA ops on CPU tensors, for tests: csrc/bindings.cpp itself, on the emulation of CUDA and a CUDA
+// The CUDA ops on CPU tensors, for tests: csrc/bindings_cuda.cpp itself, on the emulation of CUDA and a CUDA
 // runtime made up here. tests/cuda/emulated_cuda.py builds it into a library of its own and defines
 // resmoe_emulated::low_rank_decode and block_sparse_decode.
 #include <dlfcn.h>
@@ -99,9 +99,6 @@ int32_t no_stream(int32_t, void** stream) {
 #undef STABLE_TORCH_LIBRARY_IMPL
 #define STABLE_TORCH_LIBRARY_IMPL(library, key, m) REGISTER_##key(m)
 #define REGISTER_CUDA(m) _STABLE_TORCH_LIBRARY_IMPL(resmoe_emulated, CPU, m, 0)
-#define REGISTER_CPU(m) [[maybe_unused]] static void leave_out_cpu(torch::stable::detail::StableLibrary& m)
-#define REGISTER_CompositeExplicitAutograd(m) \
-  [[maybe_unused]] static void leave_out_others(torch::stable::detail::StableLibrary& m)
 #define RESMOE_CUDA
-#define RESMOE_BUILT ""
-#include "bindings.cpp"
+#include "bindings_cuda.cpp"
+#include "bindings_form.cpp"

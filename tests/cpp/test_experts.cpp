@@ -1,6 +1,7 @@
 // The driver of the expert layer: right against a plain loop in double, the same bits on any number of
 // threads, one after the other or all at once, and from several callers. On the chosen instruction set and on
 // emulated AMX. Runs under ThreadSanitizer too.
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdio>
@@ -35,6 +36,7 @@ struct Shape {
   const char* name;
   int64_t experts, hidden, intermediate, groups;
   bool gated, low_rank, sparse;
+  int32_t bits = 0;  // of every part but the biases, where they are codes: groups of 32, and a full residual
 };
 
 // More than one panel of 64 in every direction, and nothing a multiple of a tile in the first two.
@@ -43,6 +45,8 @@ constexpr Shape kShapes[] = {
     {"ungated", 4, 77, 150, 1, false, true, false},
     {"dense", 6, 128, 64, 6, true, false, false},
     {"no base", 3, 64, 96, 0, true, true, true},
+    {"codes of 4 bits", 5, 150, 77, 2, true, true, false, 4},
+    {"codes of 3 bits", 3, 77, 150, 1, false, true, false, 3},
 };
 
 // Numbers as the elements of a tensor: float32, or bfloat16 which they must fit.
@@ -67,11 +71,43 @@ float rounded(float number, Dtype dtype) {
   return std::bit_cast<float>(std::bit_cast<uint32_t>(number) & mask);
 }
 
+// Numbers as codes, stored as payload.h says, with one scale for a row or for 32 columns; they become what the codes
+// stand for.
+struct Codes {
+  std::vector<uint8_t> codes;
+  std::vector<uint16_t> scales;
+
+  Codes(std::vector<float>& numbers, size_t row_length, resmoe::Payload payload) {
+    const auto padded = (row_length + 31) / 32 * 32, bits = static_cast<size_t>(payload.bits);
+    const float middle = static_cast<float>((1 << bits) - 1) / 2;
+    for (size_t row = 0; row < numbers.size(); row += row_length) {
+      std::vector<uint8_t> own(padded, 0);
+      for (size_t begin = 0; begin < row_length; begin += payload.group == 0 ? row_length : 32) {
+        const size_t end = payload.group == 0 ? row_length : std::min(begin + 32, row_length);
+        float largest = 0;
+        for (size_t c = begin; c < end; ++c) largest = std::max(largest, std::abs(numbers[row + c]));
+        const float scale = rounded(largest / middle, Dtype::bfloat16);
+        scales.push_back(static_cast<uint16_t>(std::bit_cast<uint32_t>(scale) >> 16));
+        for (size_t c = begin; c < end; ++c) {
+          const float code = scale == 0 ? 0 : std::round(numbers[row + c] / scale + middle);
+          own[c] = static_cast<uint8_t>(std::clamp(code, 0.0f, 2 * middle));
+          numbers[row + c] = scale * (static_cast<float>(own[c]) - middle);
+        }
+      }
+      codes.resize(codes.size() + padded * bits / 8);
+      for (size_t c = 0; c < padded; c += 32)
+        resmoe::store_unit(payload.bits, own.data() + c,
+                           codes.data() + codes.size() - (padded - c) * bits / 8);
+    }
+  }
+};
+
 // A layer in the checkpoint form, and packed.
 class Layer {
  public:
   Layer(const Shape& shape, Dtype dtype) : shape_(shape), dtype_(dtype) {
     std::vector<std::unique_ptr<Elements>> kept;
+    std::vector<std::unique_ptr<Codes>> coded;
     const auto elements = [&](const std::vector<float>& numbers) {
       kept.push_back(std::make_unique<Elements>(numbers, dtype));
       return kept.back()->data();
@@ -90,6 +126,18 @@ class Layer {
       tensors.base =
           normal(static_cast<size_t>(shape.groups) * rows * columns, 1 / std::sqrt(float(columns)));
       from.base = elements(tensors.base);
+      const auto code = [&](std::vector<float>& numbers, size_t row_length, resmoe::Payload payload,
+                            const void*& codes, const void*& scales, resmoe::Payload& its_payload) {
+        if (shape.bits == 0) return;
+        coded.push_back(std::make_unique<Codes>(numbers, row_length, payload));
+        codes = coded.back()->codes.data(), scales = coded.back()->scales.data(), its_payload = payload;
+      };
+      const resmoe::Payload grouped{shape.bits, 32}, a_rank{shape.bits, 0};
+      code(tensors.base, columns, grouped, from.base, from.base_scales, from.base_payload);
+      if (shape.bits != 0) {
+        tensors.full = normal(static_cast<size_t>(shape.experts) * rows * columns, 1 / std::sqrt(float(columns)));
+        code(tensors.full, columns, grouped, from.values, from.values_scales, from.values_payload);
+      }
       tensors.bias = normal(static_cast<size_t>(shape.experts) * rows, 0.3f);
       from.bias = elements(tensors.bias);
       if (shape.low_rank) {
@@ -104,6 +152,8 @@ class Layer {
         tensors.v = normal(static_cast<size_t>(from.ranks) * columns, 1 / std::sqrt(float(columns)));
         from.rank_offsets = tensors.rank_offsets.data(), from.u = elements(tensors.u),
         from.v = elements(tensors.v);
+        code(tensors.u, rows, a_rank, from.u, from.u_scales, from.u_payload);
+        code(tensors.v, columns, grouped, from.v, from.v_scales, from.v_payload);
       }
       if (shape.sparse) {
         const size_t words = (columns + 31) / 32;
@@ -157,6 +207,8 @@ class Layer {
         if (t.mask[(e * rows + r) * ((columns + 31) / 32) + c / 32] >> c % 32 & 1)
           y[r] += double(t.values[at++]) * x[c];
     }
+    for (size_t r = 0; shape_.bits != 0 && r < rows; ++r)
+      for (size_t c = 0; c < columns; ++c) y[r] += double(t.full[(e * rows + r) * columns + c]) * x[c];
     for (size_t r = 0; r < rows; ++r) y[r] += double(t.bias[e * rows + r]);
     return y;
   }
@@ -173,7 +225,7 @@ class Layer {
     void operator()(std::byte* block) const { std::free(block); }
   };
   struct Tensors {
-    std::vector<float> base, bias, u, v, values;
+    std::vector<float> base, bias, u, v, values, full;
     std::vector<int32_t> rank_offsets;
     std::vector<uint32_t> mask;
     std::vector<int64_t> row_offsets;

@@ -89,7 +89,7 @@ struct Packed {
   std::vector<Bytes> parts;
 
   Packed(const Problem& p, Dtype dtype, bool sparse) {
-    panel = {p.columns, 4};
+    panel = {p.columns, 4, {}, sparse ? 0 : resmoe::tile_bytes(p.columns, dtype)};
     const int64_t element = size_of(dtype), steps = resmoe::even(p.columns) / 2;
     for (int64_t tile = 0; tile < 4; ++tile) {
       std::vector<double> values;

@@ -480,7 +480,7 @@ void what_is_no_block_is_refused() {
   expect(block.get(), bytes - 1, "packed: must be whole, ");
   PackedHeader& header = *reinterpret_cast<PackedHeader*>(block.get());
   header.version += 1;
-  expect(block.get(), bytes, "packed: must have version 1, got 2");
+  expect(block.get(), bytes, "packed: must have version 2, got 3");
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 """The CUDA kernels, their launch and their binding, compiled for the CPU: ops that tests call with CPU tensors.
 
-``library()`` builds csrc/cuda and csrc/bindings.cpp with a C++ compiler on the emulation of CUDA (tests/cpp), once for
-all processes and until one of the sources changes, and loads it; ``on_cpu()`` lets ``resmoe::low_rank_decode`` and
+``library()`` builds csrc/cuda and csrc/bindings_cuda.cpp with a C++ compiler on the emulation of CUDA (tests/cpp), once
+for all processes and until one of the sources changes, and loads it; ``on_cpu()`` lets ``resmoe::low_rank_decode`` and
 ``resmoe::block_sparse_decode`` take CPU tensors; ``Gpu.use`` says on which made-up GPU launches run.
 """
 

@@ -27,6 +27,9 @@ GROUPS = [0, 1, 0, 2, 1, 0]
 RAGGED = [16, 0, 4, 32, 2, 8]
 EVERYTHING = {"group": [0, 1, -1, 0, 1, 0], "ranks": RAGGED, "sparse": 8, "bias": True}
 
+LOW_RANK = {"group": [0, 1, -1, 0, 1, 0], "ranks": RAGGED, "bias": True}
+_CODES = "base_gate_up=int4/128 base_down=int8/64 u_gate_up=int3 v_gate_up=int4/32 u_down=int2 v_down=int8/32"
+
 # ---- routings: what a router can send
 
 
@@ -109,6 +112,18 @@ FORMS: dict[str, dict] = {
     # Where there is no residual in one matrix and no base, that matrix is zero and only its bias speaks.
     "bias-alone": {"bias": True, "ranks": RAGGED, "only": "gate_up"},
     "one-expert": {"num_experts": 1, "group": [0], "ranks": [4], "sparse": 8},
+    # A residual of every place, beside everything else and alone: a plain expert.
+    "full": {"group": [0, 1, -1, 0, 1, 0], "ranks": RAGGED, "full": True, "bias": True},
+    "full-only": {"full": True},
+    # Codes of base and factors, at every number of bits and with groups that end within a row.
+    "codes": {**LOW_RANK, "payloads": _CODES},
+    "codes-full": {**LOW_RANK, "full": True, "payloads": f"{_CODES} values_gate_up=int3/32 values_down=int2/64"},
+    "codes-only": {"full": True, "payloads": "values_gate_up=int4/32 values_down=int8/128"},
+    # Some parts as codes beside floats, and a base of codes under a sparse residual, which is not added to it.
+    "codes-and-floats": {**EVERYTHING, "payloads": "base_down=int2/32 v_gate_up=int4/64 u_down=int8"},
+    "codes-of-one": {"num_experts": 1, "group": [0], "ranks": [40], "payloads": _CODES},
+    # Codes under a mask: for the reference.
+    "codes-block": {**EVERYTHING, "payloads": "values_gate_up=int4/32 values_down=int2/64"},
 }
 
 
@@ -125,7 +140,9 @@ def run_and_check(
     backend, call: tuple[Tensor, Tensor, Tensor], layer: FactoredExperts, activation: str = "silu", **how
 ) -> Tensor:
     x, index, weights = (t.to(backend.device) for t in call)
-    reason = ops.declines_call(x.dtype, activation) or declines(layer)  # the kernels of every backend serve the same
+    # The kernels of every backend serve the same, but codes and full residuals.
+    floats_only = layer.declined_payload() if backend.name == "triton" else None
+    reason = ops.declines_call(x.dtype, activation) or floats_only or declines(layer)
     if backend.name in ("cpu", "triton") and reason is not None:  # forced, it refuses; under auto the reference runs
         with pytest.raises(
             ValueError, match=f"^experts: the {backend.name} kernels do not serve {re.escape(reason)}; "
@@ -134,6 +151,7 @@ def run_and_check(
         return x
     output = resmoe_kernels.experts(x, index, weights, layer.to(backend.device), activation)
     assert output.device == x.device
+    how.setdefault("rounded_weights", bool(layer.payloads))  # codes, as AMX multiplies them; no more on other sets
     assert_accurate(output, *call, layer.tensors(), layer.sizes(), activation=activation, **how)
     return output
 
@@ -161,8 +179,30 @@ def test_form(backend, make_layer, generator, form, dtype):
     run_and_check(backend, inputs(index, layer.hidden_size, generator, dtype), layer)
 
 
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_routing_of_codes(backend, make_layer, generator, routing):
+    layer = make_layer(**FORMS["codes-full"], dtype=torch.bfloat16)
+    index = ROUTINGS[routing](generator, layer.num_experts)
+    run_and_check(backend, inputs(index, layer.hidden_size, generator, torch.bfloat16), layer)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_codes(backend, make_layer, generator, bits, group):
+    """Several groups a row, more than a block of columns, few tokens and many; sides that no unit divides."""
+    grouped = f"int{bits}/{group}"
+    stored = {"base": grouped, "u": f"int{bits}", "v": grouped, "values": grouped}
+    names = ("base_gate_up", "base_down", "u_gate_up", "v_gate_up", "u_down", "v_down", "values_gate_up", "values_down")
+    payloads = " ".join(f"{name}={stored[name.partition('_')[0]]}" for name in names)
+    sizes = {"num_experts": 2, "hidden_size": 283, "intermediate_size": 150}
+    layer = make_layer(group=[0, 0], ranks=[40, 7], full=True, payloads=payloads, dtype=torch.bfloat16, **sizes)
+    for tokens in (1, 3, 30):
+        index = torch.arange(2).repeat(tokens, 1)
+        run_and_check(backend, inputs(index, layer.hidden_size, generator, torch.bfloat16), layer)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", ["everything", "both"])
+@pytest.mark.parametrize("form", ["everything", "both", "codes-full", "codes-only"])
 def test_dtype(backend, make_layer, generator, form, dtype):
     layer = make_layer(**FORMS[form], dtype=dtype)
     run_and_check(backend, inputs(_uniform(generator, 40, 6), layer.hidden_size, generator, dtype), layer)

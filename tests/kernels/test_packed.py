@@ -32,6 +32,8 @@ from tests.kernels.test_experts import FORMS
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 EVERYTHING = FORMS["everything"]
+CODES = FORMS["codes-full"]
+PACKED = [form for form in FORMS if form != "codes-block"]  # which stays as it is, see test_declines
 BITMAP = FORMS["both"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -62,11 +64,11 @@ def inputs(generator: torch.Generator, dtype: torch.dtype = torch.float32) -> tu
 # ---- there and back
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", PACKED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
 def test_unpack_gives_back_what_was_packed(make_layer, form, dtype, gated):
-    weights = make_layer(**FORMS[form], dtype=dtype, gated=gated)
+    weights = make_layer(**{**FORMS[form], "dtype": dtype, "gated": gated})
     packed = PackedExperts.pack(weights)
     assert_same(packed.unpack(), weights)
     assert packed.form.nbytes() == weights.nbytes() and packed.nbytes() == packed.block.numel()
@@ -142,6 +144,20 @@ DAMAGE: list[tuple[dict, Callable[[dict[str, Tensor]], object], str]] = [
     (BITMAP, lambda t: t["row_offsets_down"].__setitem__(-1, 2**40), "row_offsets_down: must rise from 0 to "),
     (BITMAP, lambda t: t["mask_down"][0, 0].fill_(1),  # a row that stores nothing
      "row_offsets_down: differences must equal the bits set in mask_down, row by row"),
+    (CODES, lambda t: t["base_gate_up"][1, 3, -1:].fill_(16),
+     "base_gate_up: codes behind the 45 of a row must be 0, got "),
+    (CODES, lambda t: t["u_down"][61, -1:].fill_(128), "u_down: codes behind the 45 of a row must be 0, got "),
+    (CODES, lambda t: t["v_gate_up"][0, -1:].fill_(1), "v_gate_up: codes behind the 45 of a row must be 0, got "),
+    (CODES, lambda t: t["values_gate_up"][5, 73, -1:].fill_(128),
+     "values_gate_up: codes behind the 45 of a row must be 0, got 4 at (5, 73, 63)"),
+    (CODES, lambda t: t["scales_base_down"][0, 0].fill_(float("nan")),
+     "scales_base_down: scales must be finite and at least +0, got nan at (0, 0, 0)"),
+    (CODES, lambda t: t["scales_u_gate_up"][2:].fill_(float("inf")),
+     "scales_u_gate_up: scales must be finite and at least +0, got inf at (2,)"),
+    (CODES, lambda t: t["scales_v_down"][7, 1:].fill_(-0.0),
+     "scales_v_down: scales must be finite and at least +0, got -0"),
+    (CODES, lambda t: t["scales_values_down"][5, 44].fill_(-1.5),
+     "scales_values_down: scales must be finite and at least +0, got -1.5 at (5, 44, 0)"),
 ]  # fmt: skip
 
 
@@ -203,7 +219,7 @@ NO_BLOCK: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "misaligned": (lambda b: _behind(b, 8), "packed: must begin at a multiple of 64 bytes, got one 8 bytes behind; "),
     "another version": (
         lambda b: torch.cat([b[:8], b[8:16] + 1, b[16:]]),
-        "packed: must have version 1, got 72340172838076674; pack the checkpoint's tensors again",
+        "packed: must have version 2, got 72340172838076674; pack the checkpoint's tensors again",
     ),
     "not contiguous": (
         lambda b: torch.stack([b, b], dim=1)[:, 0],
@@ -236,6 +252,8 @@ def test_declines(make_layer):
     register_gate("test_packed_gate", lambda z: z)
     assert declines(make_layer(**EVERYTHING)) is None
     assert declines(make_layer(**EVERYTHING).to("meta"), "gelu_tanh") is None
+    assert declines(make_layer(**CODES)) is None
+    assert declines(make_layer(**FORMS["codes-block"])) == "values_gate_up of int4/32 under a mask"
     assert declines(make_layer(**EVERYTHING), "test_packed_gate") == "the gate 'test_packed_gate'"
     assert declines(make_layer(ranks=[1] * 6, factorization="separate")) == "factorization 'separate'"
     assert declines(make_layer(ranks=[1] * 6, factorization="joint")) == "factorization 'joint'"
