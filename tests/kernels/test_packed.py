@@ -219,7 +219,7 @@ NO_BLOCK: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "misaligned": (lambda b: _behind(b, 8), "packed: must begin at a multiple of 64 bytes, got one 8 bytes behind; "),
     "another version": (
         lambda b: torch.cat([b[:8], b[8:16] + 1, b[16:]]),
-        "packed: must have version 2, got 72340172838076674; pack the checkpoint's tensors again",
+        "packed: must have version 2, got 72340172838076675; pack the checkpoint's tensors again",
     ),
     "not contiguous": (
         lambda b: torch.stack([b, b], dim=1)[:, 0],
