@@ -36,8 +36,9 @@ def test_table_is_of_every_family_and_made_from_the_rows():
     assert sweep.counts(ROWS) in (REPO / "README.md").read_text()
 
 
-def test_nothing_is_silently_wrong():
-    assert [row for row in ROWS if row.status == "wrong"] == []
+def test_every_family_is_served_or_refused_with_a_sentence():
+    assert [row for row in ROWS if row.status not in ("served", "refused")] == []
+    assert [row.family for row in ROWS if row.status == "refused" and len(row.reason.split()) < 5] == []
 
 
 def test_a_wrong_layout_is_seen(tmp_path, monkeypatch):
