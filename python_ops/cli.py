@@ -401,10 +401,12 @@ def _load(folder: Path, trust_remote_code: bool):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from resmoe_kernels.python_ops.models.checkpoint import Checkpoint
+    from resmoe_kernels.python_ops.models.dense_model import native_class
 
-    Checkpoint(folder)  # says in one line what is missing or truncated
+    checkpoint = Checkpoint(folder)  # says in one line what is missing or truncated
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code).eval()
+        loads = native_class(checkpoint.config, trust_remote_code) or AutoModelForCausalLM
+        model = loads.from_pretrained(folder, trust_remote_code=trust_remote_code).eval()
         return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # of any type: what a model's class says to values and shapes it does not like
         raise ValueError(f"{folder}: transformers cannot load this model: {error or type(error).__name__}") from error

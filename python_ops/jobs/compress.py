@@ -124,7 +124,8 @@ def compress(
         folder, specs, measured = (unfinished / name for name in FOLDERS)
         folder.mkdir(exist_ok=True)
         specs.mkdir(exist_ok=True)
-        carry_over(source, consumed, folder, progress)  # first: what is wrong there should not cost the layers
+        # First: what is wrong there should not cost the layers.
+        carry_over(source, consumed, folder, progress, reader.makes_parameters)
         statistics = data.statistics(whole, target.parent, progress)
         if statistics is not None:
             statistics.check_holds(experts.path for experts in chosen)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -132,14 +132,23 @@ def _rest_name(shard: Shard) -> str:
     return "model-00001-of-00001.safetensors" if shard.path.name == SINGLE else shard.path.name
 
 
-def carry_over(source: Checkpoint, consumed: set[str], folder: Path, progress: bool) -> None:
-    """Everything that is not a compressed expert: other tensors, tokenizer, generation config, code."""
+def carry_over(
+    source: Checkpoint,
+    consumed: set[str],
+    folder: Path,
+    progress: bool,
+    checked: Callable[[str], bool] = lambda _: False,
+) -> None:
+    """Everything that is not a compressed expert: other tensors, tokenizer, generation config, code.
+
+    checked: of which tensors, by name, NaN and Inf are refused: buffers of clip limits and masks hold them rightly
+    """
     for shard in tqdm(source.shards.values(), desc="copying the rest", unit="shard", disable=not progress):
         rest = [name for name in shard.header if name not in consumed]
         target = folder / _rest_name(shard)
         if not rest or target.is_file():
             continue
-        check_shard_finite(shard, rest)
+        check_shard_finite(shard, filter(checked, rest))
         if len(rest) == len(shard.header):
             copy_file(shard.path, target)
         else:

@@ -46,6 +46,11 @@ def swap_experts(
     chosen = list(select_layers(dense.experts, layers))
     for experts in chosen:
         for name, parameter in experts.module.named_parameters():
+            if parameter.is_meta:
+                raise ValueError(
+                    f"{experts.path}.{name}: is offloaded and not in memory; load the model without offload "
+                    "(device_map), or compress its folder"
+                )
             check_finite(f"{experts.path}.{name}", parameter)
     specs: dict[str, Any] = {} if before is None else dict(before.layers)  # of an earlier swap
     if statistics is not None:

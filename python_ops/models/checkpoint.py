@@ -232,6 +232,15 @@ class ModuleReader:
         """Whether it is a parameter of the model and no buffer, which may hold anything."""
         return target in self._parameters
 
+    def makes_parameters(self, name: str) -> bool:
+        """Whether a tensor of the checkpoint goes into a parameter of the model."""
+        return name in self._names_of_parameters
+
+    @cached_property
+    def _names_of_parameters(self) -> set[str]:
+        made = {listed for target, listed in self._listed.items() if self.is_parameter(target)}
+        return {name for listed in made for name, _ in self.sources[listed][1]}
+
     @cached_property
     def _parameters(self) -> set[str]:
         return {name for name, _ in self.model.named_parameters(remove_duplicate=False)}

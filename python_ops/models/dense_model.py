@@ -204,6 +204,18 @@ def _list_above(module: nn.Module, path: str) -> str | None:
     return next((p for p in above if isinstance(module.get_submodule(p), nn.ModuleList)), None)
 
 
+def native_class(config: Mapping[str, Any], trust_remote_code: bool) -> Any:
+    """transformers' own class of which a checkpoint is, by its config.json; None if it is of other code.
+
+    The auto classes would take another: the text part of what was saved with its images.
+    """
+    import transformers
+
+    if trust_remote_code and "auto_map" in config:
+        return None
+    return getattr(transformers, (config.get("architectures") or [""])[0], None)
+
+
 def build_on_meta(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module:
     """The dense model of a checkpoint, without memory for its weights.
 
@@ -218,11 +230,10 @@ def build_on_meta(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module:
         raise ValueError(f"{checkpoint.folder}: holds {kind}-quantised weights; {hint}")
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
-        architecture = (config.architectures or [""])[0]
-        native = getattr(transformers, architecture, None)
+        native = native_class(checkpoint.config, trust_remote_code)
         dtype = config.dtype or torch.float32
         with torch.device("meta"):
-            if native is not None and not (trust_remote_code and "auto_map" in checkpoint.config):
+            if native is not None:
                 return native._from_config(config, dtype=dtype)
             auto = transformers.AutoModelForCausalLM
             return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)

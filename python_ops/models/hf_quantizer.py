@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -102,7 +103,7 @@ class ResMoEQuantizer(HfQuantizer):
         check_complete(layers, names)
         self._places = find_places(model, layers, names, modules)
         self._dense = unplaced_experts(modules, self._places)
-        self._model = model
+        self._model, self._files = model, files
         self._stand_ins = []
         for place in self._places:
             if place.path is None:  # of a part that this class does not have
@@ -131,7 +132,9 @@ class ResMoEQuantizer(HfQuantizer):
             spec |= layer_spec(layer.form, layer.router_change, layer.part_router)
             spec[STORED_AS] = stored[path]
             try:
-                if not layer.pack():  # which checks the same
+                if any(p.is_meta for p in layer.parameters()):  # offloaded by device_map, and read at every call
+                    stored_weights(spec, stored[path], self._files).check_values()
+                elif not layer.pack():  # which checks the same
                     layer.weights.check_values()
             except ValueError as error:
                 raise ValueError(f"{path}.{error}") from None
@@ -236,6 +239,16 @@ def described_weights(spec: dict[str, Any], dtype: torch.dtype | None = None) ->
         name: _described(tensor, None if name in PARTS and PARTS[name].holds == "scales" else dtype)
         for name, tensor in spec["tensors"].items()
     }
+    return FactoredExperts.from_tensors(tensors, **spec["sizes"])
+
+
+def stored_weights(spec: dict[str, Any], stored: str, files: Iterable[str]) -> FactoredExperts:
+    """The layer that config.json describes, read from the shards."""
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            held = set(file.keys())
+            tensors |= {n: file.get_tensor(f"{stored}.{n}") for n in spec["tensors"] if f"{stored}.{n}" in held}
     return FactoredExperts.from_tensors(tensors, **spec["sizes"])
 
 

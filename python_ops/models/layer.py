@@ -174,6 +174,15 @@ class FactoredExpertsLayer(nn.Module):
             learns = parameter.is_floating_point() and not any(parameter is scale for scale in scales)
             parameter.requires_grad_(train and learns)
 
+    def _check_trainable(self) -> None:
+        """Raises ValueError if an adapter, peft's on a parameter say, would act on contents that are not there."""
+        if self.packed is not None:
+            adapted = ", ".join(self._modules["parametrizations"])  # type: ignore[arg-type]
+            raise ValueError(
+                f"{adapted}: adapted while the layer is packed for the CPU's kernels, which would not see it; call "
+                "make_differentiable(train=False) on every FactoredExpertsLayer before get_peft_model, or use fine_tune"
+            )
+
     def end_training(self) -> None:
         """Runs by the op again, frozen, and packed where that is served."""
         self.requires_grad_(False)
@@ -187,7 +196,8 @@ class FactoredExpertsLayer(nn.Module):
         """hidden_states (T, H), top_k_index (T, top_k) int, top_k_weights (T, top_k) -> (T, H)."""
         if self.reroutes:
             top_k_index, top_k_weights = self.route(hidden_states, top_k_index, top_k_weights)
-        if self.differentiable:
+        if self.differentiable or "parametrizations" in self._modules:
+            self._check_trainable()
             weights = self._as_value(lambda parameter: parameter)
             return experts_reference.experts(hidden_states, top_k_index, top_k_weights, weights, self.activation)
         packed = self.packed

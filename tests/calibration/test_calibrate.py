@@ -296,7 +296,7 @@ def test_a_method_that_cannot_read_the_router_says_so_before_calibration(tmp_pat
     families.build("phimoe").save_pretrained(tmp_path / "dense")
     text = tmp_path / "text.txt"
     text.write_text("never read")
-    monkeypatch.setattr("resmoe_kernels.python_ops.jobs.compress._carry_over", lambda *_: pytest.fail("began to work"))
+    monkeypatch.setattr("resmoe_kernels.python_ops.jobs.compress.carry_over", lambda *_: pytest.fail("began to work"))
     monkeypatch.setattr(
         "resmoe_kernels.python_ops.jobs.compress.calibration_data", lambda *_: SimpleNamespace(described={})
     )

@@ -651,3 +651,14 @@ def test_bad_weights_are_found_in_layers_left_dense(mixtral, model, tmp_path):
     with pytest.raises(ValueError, match=rf"^{name}: all weights must be finite, got nan at \(3, 4\)$"):
         rk.compress(model, tmp_path / "out", layers="first:1", progress=False)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_buffers_may_hold_infinity(tmp_path):
+    """Clip limits and masks do; they are carried over, and parameters that hold it are still refused."""
+    model = families.build("deepseek_v3")
+    limits = model.model.layers[1].mlp.gate.e_score_correction_bias
+    limits[0] = -torch.inf
+    model.save_pretrained(tmp_path / "dense")
+    out = rk.compress(tmp_path / "dense", tmp_path / "out", progress=False)
+    loaded = type(model).from_pretrained(out)
+    assert torch.equal(loaded.model.layers[1].mlp.gate.e_score_correction_bias, limits)

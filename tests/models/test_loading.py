@@ -226,3 +226,82 @@ def test_a_model_that_brings_its_own_code(remote_model, tmp_path):
         torch.testing.assert_close(loaded(ids).logits, dense(ids).logits, rtol=0, atol=2e-6)
     with pytest.raises(ValueError, match=r"cannot be called one by one, as this block does in training"):
         loaded.train()(ids)
+
+
+# ---- weights that are somewhere else
+
+_PLACES = {
+    "model.embed_tokens": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "cpu",
+}
+
+
+def test_layers_left_on_disk_give_the_same(factored, tmp_path):
+    ids = torch.arange(20).view(1, 20)
+    whole = AutoModelForCausalLM.from_pretrained(factored)
+    model = AutoModelForCausalLM.from_pretrained(factored, device_map=_PLACES, offload_folder=tmp_path / "off")
+    assert model.model.layers[1].mlp.experts.base_down.is_meta
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, whole(ids).logits, rtol=0, atol=1e-6)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, whole(ids).logits)
+
+
+def test_damaged_indices_are_refused_on_disk_too(copy, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = copy / "experts-00001.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.experts.mask_down"][1, 2, 0] = 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts\.mask_down: block layout keeps exactly 8"):
+        AutoModelForCausalLM.from_pretrained(copy, device_map=_PLACES, offload_folder=tmp_path / "off")
+
+
+def test_a_swap_of_what_is_offloaded_is_refused():
+    model = families.build("mixtral")
+    model.model.layers[1].to("meta")
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.experts\.gate_up_proj: is offloaded and not in mem"):
+        rk.swap_experts(model, progress=False)
+    assert not any(isinstance(m, FactoredExpertsLayer) for m in model.modules())
+
+
+# ---- parameters with two owners
+
+
+class Adapter(torch.nn.Module):
+    """As peft's on a parameter."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.delta = torch.nn.Parameter(torch.full(shape, 0.1))
+
+    def forward(self, parameter):
+        return parameter + self.delta
+
+
+def test_an_adapter_of_a_factor_acts_or_is_refused(factored):
+    layer = AutoModelForCausalLM.from_pretrained(factored).model.layers[0].mlp.experts
+    x, index, weight = torch.randn(5, 32), torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
+    before = layer(x, index, weight)
+    adapter = Adapter(layer.base_down.shape)
+    if layer.packed is not None:  # whose contents an adapter would not reach
+        there = Adapter(layer.base_down.shape).to("meta")  # as peft makes it, where the parameter is
+        torch.nn.utils.parametrize.register_parametrization(layer, "base_down", there)
+        with pytest.raises(ValueError, match=r"^base_down: adapted while the layer is packed for the CPU's kernels"):
+            layer(x, index, weight)
+        torch.nn.utils.parametrize.remove_parametrizations(layer, "base_down", leave_parametrized=False)
+    layer.make_differentiable(train=False)
+    torch.nn.utils.parametrize.register_parametrization(layer, "base_down", adapter)
+    after = layer(x, index, weight)
+    assert not torch.allclose(after, before, atol=1e-4)
+    after.sum().backward()
+    assert adapter.delta.grad.abs().sum() > 0
+    layer.differentiable = False  # unpacked only
+    torch.testing.assert_close(layer(x, index, weight), after)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 import resmoe_kernels as rk
+from resmoe_kernels.python_ops.models.dense_model import native_class
 from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer
 from resmoe_kernels.python_ops.models.layouts import find_experts
 
@@ -215,3 +216,11 @@ def test_the_config_of_a_part_alone_says_that_it_describes_nothing(folders, tmp_
     whole.model.language_model.save_pretrained(tmp_path / "part")
     with pytest.raises(ValueError, match=r"config\.json is that of a part of a factored model"):
         transformers.Qwen3_5MoeTextModel.from_pretrained(tmp_path / "part")
+
+
+def test_the_class_of_a_checkpoint_is_the_one_it_was_saved_from(folders):
+    _, out = folders(qwen3_5)
+    config = json.loads((out / "config.json").read_text())
+    assert native_class(config, False) is transformers.Qwen3_5MoeForConditionalGeneration
+    assert native_class({**config, "auto_map": {}}, True) is None
+    assert native_class({}, False) is None
