@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from torch import Tensor
 from benchmarks.shapes import DTYPE, Shape
 from resmoe_kernels import FactoredExperts
 from resmoe_kernels.factored import MATRICES
+from resmoe_kernels.python_ops.jobs.memory import gib
 
 # ---- the machine
 
@@ -238,6 +239,42 @@ def copies_beyond_cache(touched: float, cache: int) -> int:
     return max(1, -(-2 * cache // int(touched)))
 
 
+# Of all copies of one candidate: a cache of 480 MiB asks for 10 GB of a layer whose calls touch a tenth of it.
+MOST_BYTES = 2 << 30
+
+
+class NoRoom(Exception):
+    """What is to be timed does not fit into memory."""
+
+
+class Rotation(NamedTuple):
+    """copies: of a layer, one call on each in turn;  flush: bytes to write between calls, 0 where copies suffice"""
+
+    copies: int
+    flush: int
+
+    def describe(self, nbytes: int) -> str:
+        """For layers of so many bytes."""
+        taken = f"{self.copies} cop{'ies' if self.copies > 1 else 'y'} ({gib(self.copies * nbytes)})"
+        return taken + (f", cache flushed between calls ({gib(self.flush)})" if self.flush else "")
+
+
+def rotation(touched: float, nbytes: int, cache: int, available: int | None) -> Rotation:
+    """How to find a layer's weights outside of the cache in every call: enough copies, or where those are more than
+    MOST_BYTES or half of the memory there is, one copy and a flush between calls.
+
+    touched: bytes that a call reads;  nbytes: of the layer;  available: bytes, None where the system does not say
+    Raises NoRoom where one copy and what flushes do not fit.
+    """
+    copies = copies_beyond_cache(touched, cache)
+    most = MOST_BYTES if available is None else min(MOST_BYTES, available // 2)
+    chosen = Rotation(copies, 0) if copies == 1 or copies * nbytes <= most else Rotation(1, 2 * cache)
+    needed = chosen.copies * nbytes + chosen.flush
+    if available is not None and needed > available:
+        raise NoRoom(f"memory: one layer takes {gib(needed)} here, and {gib(available)} are available")
+    return chosen
+
+
 # ---- the timer
 
 Layer = Callable[[Draw], Callable[[], Tensor]]  # prepares a call outside of the timing, then makes it
@@ -252,14 +289,19 @@ class Candidate(Protocol):
 
 class InProcess:
     """A candidate that runs here. Candidates with layers on the same memory share ``turn``, so that each call moves
-    on to memory that no one has touched for a while."""
+    on to memory that no one has touched for a while.
 
-    def __init__(self, name: str, layers: Sequence[Layer], turn: Iterator[int]) -> None:
+    flush: bytes to write between calls, where there are not enough layers for that; see ``rotation``
+    """
+
+    def __init__(self, name: str, layers: Sequence[Layer], turn: Iterator[int], flush: int = 0) -> None:
         self.name, self.layers, self.turn = name, layers, turn
+        self._other = torch.zeros(flush // 4, dtype=torch.int32)
 
     def seconds(self, calls: Sequence[Draw]) -> float:
         for d in calls:
             call = self.layers[next(self.turn) % len(self.layers)](d)
+            self._other.add_(1)
             start = time.perf_counter()
             call()
             elapsed = time.perf_counter() - start
@@ -274,11 +316,11 @@ class OwnProcess:
     Raises ValueError with the reason if ``make`` fails or the process dies.
     """
 
-    def __init__(self, name: str, make: Callable[[], tuple[list[Layer], object]], threads: int) -> None:
+    def __init__(self, name: str, make: Callable[[], tuple[list[Layer], object]], threads: int, flush: int = 0) -> None:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make, threads), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, make, threads, flush), daemon=True)
         self._process.start()
         theirs.close()
         self.told = self._receive()
@@ -314,7 +356,7 @@ class OwnProcess:
         return value
 
 
-def _serve(connection: Connection, make: Callable[[], tuple[list[Layer], object]], threads: int) -> None:
+def _serve(connection: Connection, make: Callable[[], tuple[list[Layer], object]], threads: int, flush: int) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # some greet on every object they make
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a stopped process would outlive its parent
@@ -323,7 +365,7 @@ def _serve(connection: Connection, make: Callable[[], tuple[list[Layer], object]
     try:
         layers, told = make()
         connection.send((True, told))
-        here = InProcess("", layers, itertools.count())
+        here = InProcess("", layers, itertools.count(), flush)
         while True:
             calls = [[torch.from_numpy(a) for a in arrays] for arrays in connection.recv()]
             draws = [Draw(x.view(DTYPE), index, w.view(DTYPE)) for x, index, w in calls]

@@ -36,16 +36,20 @@ from benchmarks.measure import (
     Layer,
     Machine,
     MemoryRead,
+    NoRoom,
     OwnProcess,
+    Rotation,
     copies_beyond_cache,
     draw,
     interleave,
     measure_machine,
     quantiles,
+    rotation,
 )
 from benchmarks.shapes import CHECK, CHECK_UNGATED, FORMS, SHAPES, Shape, dense_layer, factored_layer
 from resmoe_kernels import FactoredExperts
 from resmoe_kernels.experts_cuda import declines_layer, limits
+from resmoe_kernels.python_ops.jobs.memory import available_bytes
 
 TOKENS = (1, 4, 16, 64, 512, 2048)
 ON_A_GPU = ("triton", "cuda")
@@ -109,10 +113,13 @@ def main() -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for name in arguments.shape:
-            for row in bench_shape(SHAPES[name], arguments, place):
-                writer.writerow(row)
-                file.flush()
-                rows.append(row)
+            try:
+                for row in bench_shape(SHAPES[name], arguments, place):
+                    writer.writerow(row)
+                    file.flush()
+                    rows.append(row)
+            except NoRoom as exception:
+                raise SystemExit(f"{name}: {exception}") from None
     show(rows)
     if arguments.plot:
         from benchmarks.experts.plot import plot
@@ -129,7 +136,8 @@ class Place:
 
     name: for people;  device: torch's;  target: of the Triton kernels, empty on a CPU
     candidate: (name, layers, turn, captures) -> the timer of one candidate
-    cost: weights -> what calls move and multiply;  at_end: printed after each number of tokens
+    cost: weights -> what calls move and multiply;  rotation: bytes touched and bytes of a layer -> see rotation
+    at_end: printed after each number of tokens
     """
 
     name: str
@@ -141,17 +149,23 @@ class Place:
     get_peers: str
     candidate: Callable[..., Candidate]
     cost: Callable[[FactoredExperts], Cost | LaunchCosts]
+    rotation: Callable[[float, int], Rotation]
     at_end: Callable[[], str]
 
 
 def this_cpu(threads: int) -> Place:
     memory = MemoryRead(threads)
 
-    def candidate(name: str, layers: Sequence[Layer], turn: Iterator[int], captures: bool = True) -> Candidate:
-        return InProcess(name, layers, turn)
+    def candidate(
+        name: str, layers: Sequence[Layer], turn: Iterator[int], captures: bool = True, flush: int = 0
+    ) -> Candidate:
+        return InProcess(name, layers, turn, flush)
+
+    def rotate(touched: float, nbytes: int) -> Rotation:
+        return rotation(touched, nbytes, machine.l3_bytes, available_bytes())
 
     machine = measure_machine(memory, threads)
-    return Place(f"{threads} threads", "cpu", "", machine, memory, PEERS, GET, candidate, Cost.of, lambda: "")
+    return Place(f"{threads} threads", "cpu", "", machine, memory, PEERS, GET, candidate, Cost.of, rotate, lambda: "")
 
 
 def this_gpu() -> Place:
@@ -159,9 +173,21 @@ def this_gpu() -> Place:
     from resmoe_kernels.triton_kernels.launch import target_of
 
     memory, name, target = GpuMemoryRead(), torch.cuda.get_device_name(), target_of(torch.device("cuda"))
+    machine = measure_gpu(memory)
+
+    def candidate(
+        name: str, layers: Sequence[Layer], turn: Iterator[int], captures: bool = True, flush: int = 0
+    ) -> Candidate:
+        assert flush == 0
+        return Graphed(name, layers, turn, captures)
+
+    def rotate(touched: float, nbytes: int) -> Rotation:
+        # Some tens of MiB of cache beside as many GB of memory: copies always fit.
+        return Rotation(copies_beyond_cache(touched, machine.l3_bytes), 0)
+
     return Place(
-        f"{name} ({target}), {clocks()}", "cuda", target, measure_gpu(memory), memory, peers_gpu.PEERS, peers_gpu.GET,
-        Graphed, partial(LaunchCosts, target=target), clocks,
+        f"{name} ({target}), {clocks()}", "cuda", target, machine, memory, peers_gpu.PEERS, peers_gpu.GET,
+        candidate, partial(LaunchCosts, target=target), rotate, clocks,
     )  # fmt: skip
 
 
@@ -236,18 +262,19 @@ def ours(shape: Shape, form: str, arguments: argparse.Namespace, fewest: Draw, p
     error = relative_error(layer_of(small, weights.to(device), backend), weights.materialize(), small, device, tokens)
     if not error < TOLERANCE:
         raise SystemExit(f"resmoe {form} on {backend}: the result is wrong, relative error {error:.3g} against float32")
-    layers, cost, copies = [], None, 1
-    while len(layers) < copies:
+    layers, cost, turns = [], None, Rotation(1, 0)
+    while len(layers) < turns.copies:
         weights = factored_layer(shape, form, arguments.retain, seed=len(layers))
         if cost is None:
             cost = place.cost(weights)
-            copies = copies_beyond_cache(cost.bytes(fewest.index), place.machine.l3_bytes)
+            turns = place.rotation(cost.bytes(fewest.index), weights.nbytes())
+            taken = turns.describe(weights.nbytes())
         layers.append(layer_of(shape, weights.to(device), backend))
         del weights
     assert cost is not None
-    console.print(f"{shape.name}: resmoe {form} on {backend}, {copies} copies, relative error {error:.2g}")
-    candidate = place.candidate(f"resmoe {form}", layers, itertools.count())
-    return Measured(candidate, cost, copies, form, backend)
+    console.print(f"{shape.name}: resmoe {form} on {backend}, {taken}, relative error {error:.2g}")
+    candidate = place.candidate(f"resmoe {form}", layers, itertools.count(), flush=turns.flush)
+    return Measured(candidate, cost, turns.copies, form, backend)
 
 
 def chosen_backend(name: str) -> str:
@@ -266,7 +293,9 @@ def layer_of(shape: Shape, weights: FactoredExperts, backend: str) -> Layer:
 def peers(shape: Shape, fewest: Draw, place: Place) -> list[Measured]:
     """Every peer that runs here, checked. One that does not is reported in a line."""
     cost, threads = Cost.dense(shape), place.machine.threads
-    copies = copies_beyond_cache(cost.bytes(fewest.index), place.machine.l3_bytes)
+    nbytes = 2 * shape.num_experts * shape.expert_parameters
+    turns = place.rotation(cost.bytes(fewest.index), nbytes)
+    copies, flush = turns
     shared, turn = [on_device(dense_layer(shape, seed), place.device) for seed in range(copies)], itertools.count()
     found = []
     for peer in place.peers:
@@ -276,17 +305,17 @@ def peers(shape: Shape, fewest: Draw, place: Place) -> list[Measured]:
                 raise ValueError(reason)
             if peer.own_process:
                 make = partial(in_own_process, PEERS.index(peer), shape, copies, threads)
-                candidate = OwnProcess(peer.name, make, threads)
+                candidate = OwnProcess(peer.name, make, threads, flush)
                 error = candidate.told
             else:
                 error = check(peer, shape, threads, place.device)
                 layers = peer.prepare(shared, shape, threads, False)
-                candidate = place.candidate(peer.name, layers, turn, captures=peer.captures)
+                candidate = place.candidate(peer.name, layers, turn, captures=peer.captures, flush=flush)
         except FAILURES as exception:
             hint = f". To get it: {place.get_peers}" if "not installed" in str(exception) else ""
             console.print(f"{shape.name}: {peer.name} is left out: {exception}{hint}", soft_wrap=True, markup=False)
             continue
-        console.print(f"{shape.name}: {peer.name}, {copies} copies, relative error {error:.2g}")
+        console.print(f"{shape.name}: {peer.name}, {turns.describe(nbytes)}, relative error {error:.2g}")
         found.append(Measured(candidate, cost, copies, "dense", "peer"))
     return found
 

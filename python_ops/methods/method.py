@@ -27,6 +27,19 @@ _log = logging.getLogger("resmoe_kernels")
 Measure = Callable[[Sequence[dict[str, Any]]], list[dict[str, Tensor]]]
 
 
+def warn_of_unreached(path: str, counts: Tensor, consequence: str) -> None:
+    """Names the experts of a layer that no calibration token reached. counts: (E,), tokens of each."""
+    unreached = (counts == 0).nonzero().flatten().tolist()
+    if unreached:
+        _log.warning(
+            "%s: no calibration token reached expert%s %s; %s; use more tokens",
+            path,
+            "s" if len(unreached) > 1 else "",
+            ", ".join(map(str, unreached)),
+            consequence,
+        )
+
+
 class Compressed(NamedTuple):
     """What a method makes of one layer.
 

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from resmoe_kernels.factored import BLOCK_KEPT, FACTORIZATIONS, MATRICES, DenseExperts, FactoredExperts
-from resmoe_kernels.python_ops.methods.method import Compressed, check_known, warn_if_not_smaller, weight_errors
+from resmoe_kernels.python_ops.methods.method import (
+    Compressed,
+    check_known,
+    warn_if_not_smaller,
+    warn_of_unreached,
+    weight_errors,
+)
 from resmoe_kernels.python_ops.solvers.align import (
     INITS,
     SOLVERS,
@@ -280,6 +286,7 @@ def plan(
         if budget == "usage":
             assert statistics is not None
             counts = statistics.layers[model.experts[i].path].count
+            warn_of_unreached(model.experts[i].path, counts, "they count as one token each")
         weights.append(weights_of_errors(energy, counts))
 
     def in_units(curves: Curves, matrix: str, parameters: list[int]) -> Any:

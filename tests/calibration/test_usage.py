@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import resmoe_kernels as rk
 from resmoe_kernels.factored import FactoredExperts
 from resmoe_kernels.python_ops.calibration.usage import Usage, count_usage
+from resmoe_kernels.python_ops.methods.method import warn_of_unreached
 from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer, OneHotExpertsLayer
 from resmoe_kernels.python_ops.models.routing import RouterChange, Scoring
 from tests import families
@@ -137,3 +138,12 @@ def test_evaluate_says_with_how_many_experts():
     assert rk.evaluate(model, tokenizer, **how)["experts_per_token"] == 1
     rk.swap_experts(model, method="xmoe", parts=2, layers="first:1", progress=False)
     assert rk.evaluate(model, tokenizer, **how)["experts_per_token"] == 1.5
+
+
+def test_experts_that_no_token_reached_are_named(caplog):
+    warn_of_unreached("model.layers.0.mlp", torch.tensor([3, 0, 1, 0]), "they count as one token each")
+    warn_of_unreached("model.layers.1.mlp", torch.tensor([3, 1]), "they count as one token each")
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "model.layers.0.mlp: no calibration token reached experts 1, 3; they count as one token each; use more tokens"
+    )
