@@ -7,6 +7,7 @@
     calibration   statistics of a model on a text: collect, keep, read
     models        transformers: layouts, layer, routers and routing, checkpoint, the dense model, the quantizer plug-in
     solvers       mathematics on tensors, knowing no model
+    storage       files: which of a folder are a model, what they hold, and writing them so that they survive
 
 cli.py, above them all, is the command line. tests/house/test_rooms.py reads the order here.
 """

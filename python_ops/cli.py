@@ -280,7 +280,7 @@ def inspect_checkpoint(folder: str | Path) -> list[dict[str, Any]]:
 
     checkpoint = Checkpoint(folder)
     stored = checkpoint.config.get("quantization_config") or {}
-    if stored.get("quant_method") != QUANT_METHOD:
+    if not isinstance(stored, dict) or stored.get("quant_method") != QUANT_METHOD:
         raise ValueError(f"{folder}: not a factored checkpoint (no quantization_config of method {QUANT_METHOD!r})")
     layers = ResMoEConfig(**stored).layers
     check_complete(layers, checkpoint.shard_of)
@@ -317,7 +317,7 @@ def _inspect_layer(path: str, spec: dict[str, Any]) -> dict[str, Any]:
         parts.append("full residual" if weights.group is not None else "full")
     # The dense layer in the dtype of the factors, of codes in 16 bits; biases are the same in both.
     width = max((dtype.itemsize for dtype in weights.dtypes()), default=2)
-    report = spec["report"]
+    report = spec.get("report", {})
     return {
         "path": path,
         "form": " + ".join(parts),
@@ -328,7 +328,7 @@ def _inspect_layer(path: str, spec: dict[str, Any]) -> dict[str, Any]:
         "bytes_dense": dense_count * width + weights.nbytes_by_part()["bias"],
         "bytes_now": weights.nbytes(),
         "bits_per_weight": 8 * (weights.nbytes() - weights.nbytes_by_part()["bias"]) / dense_count,
-        "relative_error": report["relative_error"],
+        "relative_error": report.get("relative_error", float("nan")),
         "requantise_error": report.get("requantise_error"),
         "router": RouterChange.from_json(spec["router"]).describe() if "router" in spec else "",
     }

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from resmoe_kernels.activations import POINTWISE, check_activation
+from resmoe_kernels.derivatives import only_first, refuse_forward_mode
 from resmoe_kernels.factored import CODED, SIZE_NAMES, SIZE_TYPES, TENSOR_NAMES, FactoredExperts
 from resmoe_kernels.heuristics import cuda_up_to
 from resmoe_kernels.parts import payloads_text
@@ -233,6 +234,7 @@ def build_info() -> str:
 def expand_sparse(mask: Tensor, values: Tensor, row_offsets: Tensor | None, width: int) -> Tensor:
     """Writes the stored values of every row to their columns; see ``expand_sparse_reference``."""
     _check_expand_sparse(mask, values, row_offsets, width)
+    refuse_forward_mode("expand_sparse", (values,))
     offsets = None if row_offsets is None else row_offsets.contiguous()
     return _op("expand_sparse")(mask.contiguous(), values.contiguous(), offsets, width)  # what compiled kernels read
 
@@ -279,10 +281,12 @@ _define(
 
 def _expand_sparse_gradients(ctx, grad: Tensor) -> tuple:
     mask, values, row_offsets = ctx.saved_tensors
-    values = values.detach().requires_grad_()
+    refuse_forward_mode("expand_sparse", (grad,))
+    values, again = values.detach().requires_grad_(), torch.is_grad_enabled()
     with torch.enable_grad():
         dense = expand_sparse_reference(mask, values, row_offsets, grad.shape[1])
-    return None, torch.autograd.grad(dense, values, grad)[0], None, None
+    made = torch.autograd.grad(dense, values, grad, create_graph=again)[0]  # linear: differentiable in grad once more
+    return None, made, None, None
 
 
 for _name in ("expand_sparse", "expand_sparse_reference"):
@@ -343,6 +347,7 @@ def _check_experts(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, weight
     for name, tensor in zip(TENSOR_NAMES, weights[: len(TENSOR_NAMES)], strict=True):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"experts: {name} must be on x's device {x.device}, got {tensor.device}")
+    refuse_forward_mode("experts", weights[: len(TENSOR_NAMES)])
 
 
 def _check_call(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, hidden_size: int, activation: str) -> None:
@@ -365,6 +370,7 @@ def _check_call(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, hidden_si
         if tensor.device != x.device:
             raise ValueError(f"experts: {name} must be on x's device {x.device}, got {tensor.device}")
     check_activation(activation)
+    refuse_forward_mode("experts", (x, top_k_weights))
 
 
 def _experts_fake(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest) -> Tensor:
@@ -420,9 +426,15 @@ def _save_for_backward(ctx, inputs: tuple, output: Tensor) -> None:
 def _gradients(backward: str, ctx, grad: Tensor) -> tuple:
     saved = iter(ctx.saved_tensors)
     inputs = [next(saved) if other is None else other[0] for other in ctx.others]
+    tensors = (grad, *(i for i in inputs if isinstance(i, Tensor)))
+    refuse_forward_mode("experts", tensors)
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
     grads: list[Tensor | None] = [None] * len(inputs)
-    for i, g in zip(wanted, getattr(torch.ops.resmoe, backward)(grad, wanted, *inputs), strict=True):
+    with torch.no_grad():
+        made = getattr(torch.ops.resmoe, backward)(grad, wanted, *inputs)
+    if torch.is_grad_enabled():
+        made = only_first("experts", made, tensors)
+    for i, g in zip(wanted, made, strict=True):
         grads[i] = g
     return tuple(grads)
 

@@ -44,7 +44,7 @@ def calibrate(
         it, for fits, the full ones of each expert's own inputs, see LayerMoments
 
     Raises ValueError for a text that cannot be read or is shorter than two tokens, tokens < 2, unknown moments, and
-    a model that is no decoder or has a router that does not return logits.
+    a model that is no decoder or has a router that does not return logits, and for numbers too large for its dtype.
     """
     dense = DenseModel(model)
     return collect(dense, windows(model.config, tokenizer, text, tokens), moments=moments, progress=progress)
@@ -108,6 +108,7 @@ def collect(
                         _log.warning("%s: no token of the text comes there; nothing is known of this layer", path)
                         continue
                     layers[path] = collector.statistics(None if file is None else moments_file(file, path))
+                    layers[path].check_finite(path)
                 del collectors
             bar.update()
     return Statistics(layers, origin_of(token_ids, fingerprint, moments), token_ids)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from resmoe_kernels.activations import activate
 from resmoe_kernels.factored import DenseExperts
+from resmoe_kernels.python_ops.storage.sealed import read_sealed, write_sealed
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,20 +46,15 @@ class LayerMoments:
 
     def save(self, path: Path) -> None:
         """Writes one safetensors file; it appears under its name only once it is whole."""
-        from resmoe_kernels.python_ops.models.checkpoint import write_tensors
-
-        write_tensors({f.name: getattr(self, f.name) for f in fields(self)}, path)
+        write_sealed({f.name: getattr(self, f.name) for f in fields(self)}, path)
 
     @classmethod
     def load(cls, path: Path) -> LayerMoments:
-        """The inverse of ``save``. Raises ValueError naming the file if it is not such a file."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return cls(**load_file(path))
-        except (SafetensorError, OSError, TypeError) as error:
-            raise ValueError(f"{path}: not a file of a layer's moments ({error}); calibrate again") from None
+        """The inverse of ``save``. Raises ValueError naming the file if it is not such a file, whole and bit by bit."""
+        tensors = read_sealed(path)
+        if tensors is None or set(tensors) != {f.name for f in fields(cls)}:
+            raise ValueError(f"{path}: not a file of a layer's moments, or damaged; calibrate again")
+        return cls(**tensors)
 
 
 def moments_nbytes(experts: DenseExperts) -> int:

@@ -12,8 +12,14 @@ import torch
 from torch import Tensor
 
 from resmoe_kernels.python_ops.calibration.layer_moments import LayerMoments
+from resmoe_kernels.python_ops.storage.files import copy_file
+from resmoe_kernels.python_ops.storage.sealed import read_sealed, write_sealed
 
 MOMENTS = ("diagonal", "full", "experts")
+OVERFLOWED = (
+    "the model's numbers are too large for its dtype on this text: compress it in bfloat16 or float32 "
+    "(dtype in config.json and of the weights)"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +66,13 @@ class LayerStatistics:
     def num_experts(self) -> int:
         return len(self.count)
 
+    def check_finite(self, path: str) -> None:
+        """Raises ValueError naming the layer, and what of it holds NaN or Inf, which nothing can be decided on."""
+        for name in _TENSORS:
+            tensor = getattr(self, name)
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{path}: calibration overflowed, {name} is not finite; {OVERFLOWED}")
+
 
 _TENSORS = tuple(f.name for f in fields(LayerStatistics) if f.name not in ("tokens", "moments"))
 
@@ -88,8 +101,6 @@ class Statistics:
     def save(self, path_of: Path | str) -> None:
         """Writes one safetensors file, and the moments of experts that are in memory beside it, a file for each layer,
         see ``moments_file``; it appears under its name only once all is whole."""
-        from resmoe_kernels.python_ops.models.checkpoint import copy_file, write_tensors
-
         tensors = {f"{path}.{n}": getattr(layer, n) for path, layer in self.layers.items() for n in _TENSORS}
         tokens = {path: layer.tokens for path, layer in self.layers.items()}
         tensors[_TOKENS] = self.token_ids
@@ -103,16 +114,17 @@ class Statistics:
                 copy_file(moments, file)
         described = {"origin": self.origin, "tokens": tokens}
         tensors[_DESCRIPTION] = torch.tensor(list(json.dumps(described, sort_keys=True).encode()), dtype=torch.uint8)
-        write_tensors(tensors, Path(path_of))
+        write_sealed(tensors, Path(path_of))
 
     @classmethod
     def load(cls, path: Path | str) -> Statistics:
-        """The inverse of ``save``. Raises ValueError naming the file if it is not such a file."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
+        """The inverse of ``save``. Raises ValueError naming the file if it is not such a file, whole and bit by bit."""
+        tensors = read_sealed(Path(path))
+        if tensors is None:
+            raise ValueError(
+                f"{path}: not a file of calibration statistics, damaged, or of an older version; calibrate again"
+            )
         try:
-            tensors = load_file(path)
             described = json.loads(bytes(tensors[_DESCRIPTION].tolist()))
             held = described["origin"]["moments"] == "experts"
             layers = {
@@ -124,7 +136,7 @@ class Statistics:
                 for layer, tokens in described["tokens"].items()
             }
             return cls(layers, described["origin"], tensors[_TOKENS])
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (KeyError, ValueError) as error:
             raise ValueError(f"{path}: not a file of calibration statistics ({error}); calibrate again") from None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -14,34 +13,24 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from resmoe_kernels.python_ops.calibration.statistics import LayerStatistics
+from resmoe_kernels.python_ops.jobs.assemble import carry_over, publish
 from resmoe_kernels.python_ops.jobs.calibration_data import calibration_data
-from resmoe_kernels.python_ops.jobs.folder import (
-    FOLDERS,
-    carry_over,
-    check_place,
-    fingerprint_of,
-    finish,
-    is_done,
-    work_in,
-)
-from resmoe_kernels.python_ops.jobs.measured import read_measured, write_measured
+from resmoe_kernels.python_ops.jobs.folder import check_place, is_done
+from resmoe_kernels.python_ops.jobs.unfinished import Record, Unfinished
 from resmoe_kernels.python_ops.jobs.workers import check_memory, check_workers, in_processes, on_ray
 from resmoe_kernels.python_ops.methods.method import Chain, Compressed, Method
 from resmoe_kernels.python_ops.methods.named import method_named
-from resmoe_kernels.python_ops.models.checkpoint import (
-    Checkpoint,
-    ModuleReader,
-    write_json,
-    write_tensors,
-)
+from resmoe_kernels.python_ops.models.checkpoint import Checkpoint, ModuleReader
 from resmoe_kernels.python_ops.models.dense_model import DenseModel, build_on_meta
 from resmoe_kernels.python_ops.models.hf_quantizer import layer_spec
+from resmoe_kernels.python_ops.models.identity import Identity, identify, is_model
 from resmoe_kernels.python_ops.models.layer import PART_ROUTER
 from resmoe_kernels.python_ops.models.layouts import ExpertsModule, select_layers
 from resmoe_kernels.python_ops.models.placing import KNOWN_AS
 from resmoe_kernels.python_ops.models.sub_configs import configs_with_layers
+from resmoe_kernels.python_ops.storage.files import write_tensors
+from resmoe_kernels.python_ops.storage.sealed import read_sealed, write_sealed
 
-_log = logging.getLogger("resmoe_kernels")
 _PROCESS_BYTES = 1 << 29  # of a worker with torch and transformers, before it reads a layer
 
 
@@ -88,18 +77,19 @@ def compress(
     check_workers(engine, workers)
     chosen_method = method_named(method, settings)
     source, target = Checkpoint(model), Path(out).resolve()
-    fingerprint = fingerprint_of(source)
+    check_place(source, target)
+    identity = identify(source)
     data = calibration_data(
-        chosen_method, source.folder, fingerprint, calibration, calibration_tokens, moments, trust_remote_code
+        chosen_method, source.folder, identity.model, calibration, calibration_tokens, moments, trust_remote_code
     )
     job = {
-        "source": fingerprint,
+        "source": identity.model,
+        "beside": identity.beside,
         "settings": {"method": method, "layers": layers, **chosen_method.recorded, **data.described},
     }
-    check_place(source, target)
-    unfinished = target.with_name(f".{target.name}.unfinished")
+    unfinished = Unfinished(target.with_name(f".{target.name}.unfinished"), job)
     # Both: a run killed just before its end left its folder, to be removed below.
-    if is_done(target, job) and not unfinished.exists():
+    if is_done(target, job) and not unfinished.folder.exists():
         return Path(out)
     dense = build_on_meta(source, trust_remote_code)
     found = chosen_method.find(dense)
@@ -118,14 +108,11 @@ def compress(
     if engine == "processes" and (workers > 1 or chosen_method.says_memory):
         check_memory(workers, layer_bytes, chosen_method.less_memory)
 
-    with work_in(unfinished, job):
+    with unfinished.held():
         if is_done(target, job):  # another process was faster, or see above
             return Path(out)
-        folder, specs, measured = (unfinished / name for name in FOLDERS)
-        folder.mkdir(exist_ok=True)
-        specs.mkdir(exist_ok=True)
-        # First: what is wrong there should not cost the layers.
-        carry_over(source, consumed, folder, progress, reader.makes_parameters)
+        unfinished.checkpoint.mkdir(exist_ok=True)
+        carry_over(source, consumed, unfinished, progress, reader.makes_parameters)
         statistics = data.statistics(whole, target.parent, progress)
         if statistics is not None:
             statistics.check_holds(experts.path for experts in chosen)
@@ -134,15 +121,14 @@ def compress(
             return [
                 _Layer(
                     source.folder.resolve(),
-                    fingerprint,
+                    identity,
                     trust_remote_code,
                     chosen_method,
                     number,
                     plan,
                     None if statistics is None else statistics.layers[found[number].path],
-                    measured / file,
-                    folder / file,
-                    specs / f"{file}.json",
+                    unfinished.measured / file,
+                    unfinished.record(file),
                 )
                 for number, plan, file in zip(numbers, plans, files, strict=True)
             ]
@@ -160,36 +146,34 @@ def compress(
                         bar.update()
 
         def measure(plans: Sequence[dict[str, Any]]) -> list[dict[str, Tensor]]:
-            measured.mkdir(exist_ok=True)
+            unfinished.measured.mkdir(exist_ok=True)
             layers = tasks(plans)
-            run(_measure_layer, [layer for layer in layers if read_measured(layer.measured) is None], "measuring")
-            made = [(layer.measured, read_measured(layer.measured)) for layer in layers]
+            run(_measure_layer, [layer for layer in layers if read_sealed(layer.measured) is None], "measuring")
+            made = [(layer.measured, read_sealed(layer.measured)) for layer in layers]
             if bad := [file for file, tensors in made if tensors is None]:
                 raise OSError(f"{bad[0]}: does not hold what was written to it; check the disk and run this again")
             return [tensors for _, tensors in made if tensors is not None]
 
         plans = chosen_method.plan(whole, numbers, statistics, progress, measure)
-        run(_compress_layer, [layer for layer in tasks(plans) if not layer.file.is_file()], "compressing")
+        run(_compress_layer, [layer for layer in tasks(plans) if layer.record.read() is None], "compressing")
         parts = [keys for keys, _ in configs_with_layers(dense, [experts.path for experts in chosen])]
-        finish(source, job, sorted(specs.glob("*.json")), parts, folder)
-        folder.rename(target)
+        publish(source, [unfinished.record(file) for file in files], parts, unfinished, target)
     return Path(out)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """What a process that knows nothing yet needs to compress one layer; ``fingerprint`` is that of ``model``."""
+    """What a process that knows nothing yet needs to compress one layer; ``identity`` is that of ``model``."""
 
     model: Path
-    fingerprint: str
+    identity: Identity
     trust_remote_code: bool
     method: Method | Chain
     number: int
     plan: dict[str, Any]
     statistics: LayerStatistics | None
     measured: Path
-    file: Path
-    spec: Path
+    record: Record
 
 
 def _measure_layer(
@@ -197,7 +181,7 @@ def _measure_layer(
 ) -> None:
     experts = (whole or _whole(layer)).read(layer.number)
     made = layer.method.measure(experts, plan=layer.plan, statistics=layer.statistics, progress=progress)
-    write_measured(made, layer.measured)
+    write_sealed(made, layer.measured)
 
 
 def _compress_layer(
@@ -207,21 +191,21 @@ def _compress_layer(
     made = layer.method(whole.read(layer.number), plan=layer.plan, statistics=layer.statistics, progress=progress)
     path = whole.experts[layer.number].path
     assert whole.reader is not None
-    _write_layer(made, path, layer.file, layer.spec, whole.reader.path_on_disk(path))
+    _write_layer(made, path, layer.record, whole.reader.path_on_disk(path))
 
 
 def _whole(layer: _Layer) -> DenseModel:
-    dense, reader = _opened(layer.model, layer.fingerprint, layer.trust_remote_code)
+    dense, reader = _opened(layer.model, layer.identity, layer.trust_remote_code)
     return DenseModel(dense, reader, layer.method.find(dense))
 
 
 @lru_cache(maxsize=1)  # a worker opens the model once
-def _opened(folder: Path, fingerprint: str, trust_remote_code: bool) -> tuple[nn.Module, ModuleReader]:
+def _opened(folder: Path, identity: Identity, trust_remote_code: bool) -> tuple[nn.Module, ModuleReader]:
     """The model, on meta, and its reader, in a worker. Raises OSError if this machine sees another model than the one
     where the job began: a fault of the place and not of the input, so that the work of the others is kept."""
     try:
         source = Checkpoint(folder)
-        if fingerprint_of(source) != fingerprint:
+        if not is_model(source, identity):
             raise ValueError(f"{folder}: is not the model that the job began with")
         dense = build_on_meta(source, trust_remote_code)
         return dense, ModuleReader(source, dense)
@@ -247,13 +231,11 @@ def _check_whole(reader: ModuleReader, chosen: Sequence[ExpertsModule], consumed
         )
 
 
-def _write_layer(made: Compressed, path: str, file: Path, spec: Path, known_as: str) -> None:
+def _write_layer(made: Compressed, path: str, record: Record, known_as: str) -> None:
     tensors = made.weights.tensors()
     if made.part_router is not None:
         tensors[PART_ROUTER] = made.part_router
     described = layer_spec(made.weights, made.change, made.part_router)
-    # The spec first: where the tensors are, it is.
-    report = dataclasses.asdict(made.report)
     names = {} if known_as == path else {KNOWN_AS: known_as}
-    write_json({"path": path, **described, **names, "report": report}, spec)
-    write_tensors({f"{path}.{name}": tensor for name, tensor in tensors.items()}, file)
+    digest = write_tensors({f"{path}.{name}": tensor for name, tensor in tensors.items()}, record.file)
+    record.write(digest, path=path, **described, **names, report=dataclasses.asdict(made.report))

@@ -11,16 +11,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from resmoe_kernels.factored import MATRICES, FactoredExperts
-from resmoe_kernels.python_ops.jobs.folder import (
-    FOLDERS,
-    carry_over,
-    check_place,
-    fingerprint_of,
-    finish,
-    is_done,
-    work_in,
-)
-from resmoe_kernels.python_ops.models.checkpoint import Checkpoint, write_json, write_tensors
+from resmoe_kernels.python_ops.jobs.assemble import carry_over, publish
+from resmoe_kernels.python_ops.jobs.folder import check_place, is_done
+from resmoe_kernels.python_ops.jobs.unfinished import Record, Unfinished
+from resmoe_kernels.python_ops.models.checkpoint import Checkpoint
 from resmoe_kernels.python_ops.models.hf_quantizer import (
     QUANT_METHOD,
     ResMoEConfig,
@@ -28,10 +22,13 @@ from resmoe_kernels.python_ops.models.hf_quantizer import (
     described_weights,
     layer_spec,
 )
+from resmoe_kernels.python_ops.models.identity import identify
 from resmoe_kernels.python_ops.models.layer import PART_ROUTER
 from resmoe_kernels.python_ops.models.placing import STORED_AS, described_leaves
 from resmoe_kernels.python_ops.solvers.align import relative, squared_norm
 from resmoe_kernels.python_ops.solvers.rounding import Storage, check_requantised, requantised
+from resmoe_kernels.python_ops.storage.digests import check_files
+from resmoe_kernels.python_ops.storage.files import write_tensors
 
 
 def requantise(
@@ -63,17 +60,20 @@ def requantise(
         raise ValueError("bits: must be 8, 4, 3 or 2, of all or of base or residual, got none")
     source, target = Checkpoint(model), Path(out).resolve()
     stored = source.config.get("quantization_config") or {}
-    if stored.get("quant_method") != QUANT_METHOD or "layers" not in stored:
+    if not isinstance(stored, dict) or stored.get("quant_method") != QUANT_METHOD or "layers" not in stored:
         raise ValueError(f"{source.folder}: is not a factored checkpoint; requantise stores one anew, see compress")
     config = ResMoEConfig(**stored)
     check_complete(config.layers, source.shard_of)
+    check_place(source, target)
+    check_files([shard.path for shard in source.shards.values()], config.digests)
+    identity = identify(source)
     job = {
-        "source": fingerprint_of(source),
+        "source": identity.model,
+        "beside": identity.beside,
         "settings": {**config.settings, "requantised": storage.recorded()},
     }
-    check_place(source, target)
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    if is_done(target, job) and not unfinished.exists():
+    unfinished = Unfinished(target.with_name(f".{target.name}.unfinished"), job)
+    if is_done(target, job) and not unfinished.folder.exists():
         return Path(out)
     names = {path: _names_of(source, path, spec) for path, spec in config.layers.items()}
     for path, spec in config.layers.items():
@@ -86,21 +86,17 @@ def requantise(
     if taken := sorted(file for file in files if set(getattr(source.shards.get(file), "header", ())) - consumed):
         raise ValueError(f"{source.folder / taken[0]}: has the name of a file to be written; rename the shard")
 
-    with work_in(unfinished, job):
+    with unfinished.held():
         if is_done(target, job):  # another process was faster, or a killed run left its folder
             return Path(out)
-        folder, specs, _ = (unfinished / name for name in FOLDERS)
-        folder.mkdir(exist_ok=True)
-        specs.mkdir(exist_ok=True)
-        carry_over(source, consumed, folder, progress)
+        carry_over(source, consumed, unfinished, progress)
         layers = zip(config.layers.items(), files, strict=True)
         for (path, spec), file in tqdm(
             layers, desc="requantising", total=len(files), unit="layer", disable=not progress
         ):
-            if not (folder / file).is_file():
-                _store(source, path, spec, names[path], storage, folder / file, specs / f"{file}.json")
-        finish(source, job, sorted(specs.glob("*.json")), _parts(source.config), folder)
-        folder.rename(target)
+            if unfinished.record(file).read() is None:
+                _store(source, path, spec, names[path], storage, unfinished.record(file))
+        publish(source, [unfinished.record(file) for file in files], _parts(source.config), unfinished, target)
     return Path(out)
 
 
@@ -121,8 +117,7 @@ def _store(
     spec: dict[str, Any],
     names: dict[str, str],
     storage: Storage,
-    file: Path,
-    spec_file: Path,
+    record: Record,
 ) -> None:
     tensors = {field: source.load(name) for field, name in names.items()}
     part_router = tensors.pop(PART_ROUTER, None)
@@ -139,9 +134,9 @@ def _store(
         written[PART_ROUTER] = part_router
         report["bytes_now"] += part_router.numel() * part_router.element_size()
     kept = {key: value for key, value in spec.items() if key not in (*described, "report")}
-    write_json({"path": path, **kept, **described, "report": report}, spec_file)
     stored_as = names[next(iter(names))].rpartition(".")[0]
-    write_tensors({f"{stored_as}.{name}": tensor for name, tensor in written.items()}, file)
+    digest = write_tensors({f"{stored_as}.{name}": tensor for name, tensor in written.items()}, record.file)
+    record.write(digest, path=path, **kept, **described, report=report)
 
 
 def _error(before: FactoredExperts, after: FactoredExperts) -> float:

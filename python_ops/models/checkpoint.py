@@ -1,4 +1,4 @@
-"""Safetensors checkpoints, read and written one tensor at a time.
+"""Safetensors checkpoints, read one tensor at a time.
 
 Reading goes through transformers' own table of weight conversions, so that what is on disk (one matrix per
 expert, or stacked) reaches a module's parameters exactly as ``from_pretrained`` would bring it there.
@@ -6,55 +6,24 @@ expert, or stacked) reaches a module's parameters exactly as ``from_pretrained``
 
 from __future__ import annotations
 
-import json
 import os
-import struct
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from resmoe_kernels.factored import TENSOR_NAMES
+from resmoe_kernels.python_ops.storage.model_files import read_config, weight_files
+from resmoe_kernels.python_ops.storage.shards import Shard, read_shard, same_tensor
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-_COPY_CHUNK = 16 << 20  # bytes
 _FINITE_CHUNK = 4 << 20  # elements
 _EXPERT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One safetensors file: its header and where its data begin."""
-
-    path: Path
-    header: dict[str, dict[str, Any]]  # name -> {"dtype", "shape", "data_offsets"}, in file order
-    metadata: dict[str, str]
-    data_start: int
-
-
-def read_shard(path: Path) -> Shard:
-    """Reads and checks a header. Raises ValueError naming the file if it is missing, cut short or damaged."""
-    if not path.is_file():
-        raise ValueError(f"{path}: this shard of the checkpoint is missing")
-    size = path.stat().st_size
-    try:
-        with safe_open(path, framework="pt"):  # the library's own checks of the format
-            pass
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-    except (SafetensorError, struct.error, ValueError) as error:
-        raise ValueError(f"{path}: truncated or damaged safetensors file of {size} bytes ({error})") from None
-    metadata = header.pop("__metadata__", {})
-    ordered = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
-    return Shard(path, ordered, metadata, 8 + length)
+_EXPERT_DTYPES_ON_DISK = ("F16", "BF16", "F32", "F64")
 
 
 class Checkpoint:
@@ -70,59 +39,25 @@ class Checkpoint:
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder}: no such model folder (download a hub model first)")
         self.config = read_config(self.folder)
-        promised = self._promised()
-        self.shards = {path.name: read_shard(path) for path in self._shard_paths(promised)}
-        self.shard_of = {name: shard for shard in self.shards.values() for name in shard.header}
+        paths, promised = weight_files(self.folder, self.config)
+        self.shards = {path.name: read_shard(path) for path in paths}
         for name, file in promised.items():
             if name not in self.shards[file].header:
-                raise ValueError(f"{self.folder / file}: lacks {name}, which {INDEX} places there")
-
-    def _promised(self) -> dict[str, str]:
-        path = self.folder / INDEX
-        # Where there are both, from_pretrained reads the single file and never looks at the index.
-        if (self.folder / SINGLE).is_file() or not path.is_file():
-            return {}
-        weight_map = _read_json(path).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(_is_file_name(file) for file in weight_map.values()):
-            raise ValueError(f"{path}: weight_map must name a file of this folder for every tensor")
-        return weight_map
-
-    def _shard_paths(self, promised: dict[str, str]) -> list[Path]:
-        if (self.folder / SINGLE).is_file():
-            return [self.folder / SINGLE]
-        if promised:
-            return [self.folder / file for file in sorted(set(promised.values()))]
-        pickles = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in self.folder.glob(s))
-        if pickles:
-            raise ValueError(f"{self.folder}: only pickle weights ({pickles[0]}); convert them to safetensors first")
-        raise ValueError(f"{self.folder}: no {SINGLE} and no {INDEX}")
+                raise ValueError(f"{self.folder / file}: lacks {name}, which the index places there")
+        self.shard_of: dict[str, Shard] = {}
+        for shard in self.shards.values():
+            for name in shard.header:
+                if name in self.shard_of and not same_tensor(self.shard_of[name], name, shard, name):
+                    raise ValueError(
+                        f"{name}: is in {self.shard_of[name].path.name} and in {shard.path.name}, with other contents, "
+                        "and which one counts would depend on the order of files; remove one"
+                    )
+                self.shard_of[name] = shard
 
     def load(self, name: str) -> Tensor:
         """One tensor, from disk."""
         with safe_open(self.shard_of[name].path, framework="pt") as file:
             return file.get_tensor(name)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder. Raises ValueError if it is missing or not a JSON object."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder}: no config.json, so not a Hugging Face model folder")
-    return _read_json(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: must be a JSON object, got a {type(value).__name__}")
-    return value
-
-
-def _is_file_name(value: Any) -> bool:
-    return isinstance(value, str) and Path(value).name == value
 
 
 class ModuleReader:
@@ -176,7 +111,8 @@ class ModuleReader:
         return list(made)
 
     def names_on_disk(self, path: str, parameters: Iterable[str]) -> list[str]:
-        """Names of the tensors that make up a module's parameters. Raises ValueError if one has none."""
+        """Names of the tensors that make up a module's parameters. Raises ValueError if one has none, or one of a
+        dtype that is not read."""
         names = []
         for parameter in parameters:
             target = f"{path}.{parameter}"
@@ -184,6 +120,11 @@ class ModuleReader:
             if listed is None:
                 raise ValueError(f"{self.checkpoint.folder}: no tensor in the checkpoint makes {target}")
             names += [name for name, _ in self.sources[listed][1]]
+        for name in names:
+            shard = self.checkpoint.shard_of[name]
+            if shard.header[name]["dtype"] not in _EXPERT_DTYPES_ON_DISK:  # opened only then: there may be 50,000 names
+                with safe_open(shard.path, framework="pt") as file:
+                    _check_dtype(name, file.get_slice(name)[:0])
         return names
 
     def path_on_disk(self, path: str) -> str:
@@ -222,8 +163,7 @@ class ModuleReader:
     def _load(self, name: str, target: str) -> Tensor:
         tensor = self.checkpoint.load(name)
         if self._state[target].is_floating_point() and tensor.dtype not in _EXPERT_DTYPES:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{name}: must be float16, bfloat16, float32 or float64, got {kind}; dequantise it first")
+            _check_dtype(name, tensor)
         if self.is_parameter(target):
             check_finite(name, tensor)
         return tensor
@@ -263,86 +203,21 @@ class ModuleReader:
             raise ValueError(f"{name}: config.json wants {wanted}, the checkpoint has {tuple(shape)}")
 
 
-# ---- writing
-
-
-def part_name(target: Path) -> Path:
-    """Where a file is written before it gets its name. Hidden: no file of a checkpoint is copied to such a name."""
-    return target.with_name(f".{target.name}.part")
-
-
-def write_subset(shard: Shard, names: Iterable[str], target: Path) -> None:
-    """Copies some tensors of a shard to a new safetensors file, bytes untouched, a few MiB at a time.
-
-    The file appears under its name only once it is whole.
-    """
-    header: dict[str, Any] = {"__metadata__": shard.metadata} if shard.metadata else {}
-    position, wanted = 0, set(names)
-    chosen = [name for name in shard.header if name in wanted]
-    for name in chosen:
-        start, stop = shard.header[name]["data_offsets"]
-        header[name] = {**shard.header[name], "data_offsets": [position, position + stop - start]}
-        position += stop - start
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    part = part_name(target)
-    with shard.path.open("rb") as source, part.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
-        for name in chosen:
-            start, stop = shard.header[name]["data_offsets"]
-            source.seek(shard.data_start + start)
-            _copy(source, out, stop - start)
-        out.flush()
-        os.fsync(out.fileno())
-    part.replace(target)
-
-
-def _copy(source, out, length: int) -> None:
-    while length:
-        chunk = source.read(min(length, _COPY_CHUNK))
-        if not chunk:
-            raise ValueError(f"{source.name}: ends before the data its header promises")
-        out.write(chunk)
-        length -= len(chunk)
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copies a file; it appears under its name only once it is whole."""
-    part = part_name(target)
-    with source.open("rb") as file, part.open("wb") as out:
-        _copy(file, out, source.stat().st_size)
-        out.flush()
-        os.fsync(out.fileno())
-    part.replace(target)
-
-
-def write_tensors(tensors: Mapping[str, Tensor], target: Path) -> None:
-    """Writes tensors to a new safetensors file; it appears under its name only once it is whole."""
-    from safetensors.torch import save_file
-
-    part = part_name(target)
-    part.touch()
-    mode = part.stat().st_mode  # which safetensors would make 0600
-    # One key: safetensors writes several in an order that differs from process to process.
-    save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata={"format": "pt"})
-    part.chmod(mode)
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-    part.replace(target)
-
-
-def write_json(value: Any, target: Path) -> None:
-    """Writes JSON; the file appears under its name only once it is whole."""
-    part = part_name(target)
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    part.replace(target)
+def _check_dtype(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _EXPERT_DTYPES:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{name}: must be float16, bfloat16, float32 or float64, got {kind}; dequantise it first")
 
 
 def check_shard_finite(shard: Shard, names: Iterable[str]) -> None:
-    """Raises ValueError naming the tensor if one of them holds NaN or Inf; one tensor in memory at a time."""
+    """Raises ValueError naming the tensor if one of them holds NaN or Inf; one tensor in memory at a time.
+
+    Only of the dtypes that a model computes in: what others mean is for those who read them.
+    """
     with safe_open(shard.path, framework="pt") as file:
         for name in names:
-            check_finite(name, file.get_tensor(name))
+            if (tensor := file.get_tensor(name)).dtype in _EXPERT_DTYPES:
+                check_finite(name, tensor)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

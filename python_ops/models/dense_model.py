@@ -17,6 +17,7 @@ from resmoe_kernels.python_ops.models.checkpoint import Checkpoint, ModuleReader
 from resmoe_kernels.python_ops.models.layouts import ExpertsModule, find_experts
 from resmoe_kernels.python_ops.models.routers import change_choice
 from resmoe_kernels.python_ops.models.routing import RouterChange, Scoring
+from resmoe_kernels.python_ops.storage.model_files import refuse_adapter
 
 _BATCH_TOKENS = 4096
 
@@ -99,6 +100,8 @@ class DenseModel:
 
         changes: by number in ``experts``, a change of that layer's router for this run only; pruned slots and
             fewer experts per token, nothing that renumbers experts
+
+        Raises ValueError naming the layer where a hidden state overflows: nothing can be decided on NaN.
         """
         with ExitStack() as stack:
             for i, change in (changes or {}).items():
@@ -109,6 +112,12 @@ class DenseModel:
                     batches = zip(hidden.token_ids, hidden.states, hidden.beside, strict=True)
                     made = [self._through(ids, number, state, beside) for ids, state, beside in batches]
                 hidden = Hidden(hidden.token_ids, *map(list, zip(*made, strict=True)))  # type: ignore[arg-type]
+                if not all(bool(torch.isfinite(state).all()) for state in hidden.states):
+                    raise ValueError(
+                        f"{self._layers_path}.{number}: what leaves this layer is not finite; the model's numbers are "
+                        f"too large for its dtype, {hidden.states[0].dtype}, on this text: use it in bfloat16 or "
+                        "float32"
+                    )
         return hidden
 
     @contextmanager
@@ -219,13 +228,15 @@ def native_class(config: Mapping[str, Any], trust_remote_code: bool) -> Any:
 def build_on_meta(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module:
     """The dense model of a checkpoint, without memory for its weights.
 
-    Raises ValueError if the checkpoint is quantised already or its architecture cannot be built.
+    Raises ValueError if the checkpoint is quantised already, an adapter lies beside it, or its architecture cannot be
+    built.
     """
     import transformers
 
+    refuse_adapter(checkpoint.folder)
     quantised = checkpoint.config.get("quantization_config")
     if quantised is not None:
-        kind = quantised.get("quant_method")
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         hint = "it is compressed already" if kind == "resmoe" else "start from an unquantised checkpoint"
         raise ValueError(f"{checkpoint.folder}: holds {kind}-quantised weights; {hint}")
     try:

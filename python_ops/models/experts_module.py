@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from resmoe_kernels.factored import DenseExperts, FactoredExperts
 from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer
-from resmoe_kernels.python_ops.models.routers import change_choice, find_router, logits_in, read_scoring
+from resmoe_kernels.python_ops.models.routers import as_asked, change_choice, find_router, logits_in, read_scoring
 from resmoe_kernels.python_ops.models.routing import RouterChange, Scoring
 
 Watcher = Callable[[Tensor, Tensor, Tensor, Tensor], None]
@@ -50,10 +50,15 @@ class ExpertsModule:
         change: RouterChange | None = None,
         part_router: Tensor | None = None,
     ) -> FactoredExpertsLayer:
-        """Puts the factored layer in the module's place, changes its router and returns the layer."""
+        """Puts the factored layer in the module's place, changes its router and returns the layer.
+
+        Raises ValueError if the change does not fit the layer or the model's router.
+        """
         layer = self.layer_class(weights, self.activation)
         if change is not None:
+            change.check_fits(weights.num_experts, self.num_experts, part_router)
             if change.changes_choice:
+                change = as_asked(change, self.scoring(model), self.path)
                 change_choice(self.router(model), change)
             layer.change_routing(change, part_router)
         model.set_submodule(self.path, layer)
@@ -66,7 +71,8 @@ class ExpertsModule:
 
     def scoring(self, model: nn.Module) -> Scoring:
         """How that router scores. Raises ValueError if that is not known."""
-        return read_scoring(self.router(model), self.path, self.num_experts)
+        with torch.device("cpu"):  # also where the model is being built on meta
+            return read_scoring(self.router(model), self.path, self.num_experts)
 
     def watch(self, model: nn.Module, called: Watcher) -> list[RemovableHandle]:
         """Calls ``called(x, index, weight, logits)`` whenever the dense module runs, until the handles are removed.

@@ -22,7 +22,6 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from resmoe_kernels.factored import MATRICES, PARTS, TENSOR_NAMES, FactoredExperts
-from resmoe_kernels.python_ops.models.checkpoint import read_config
 from resmoe_kernels.python_ops.models.layer import PART_ROUTER, FactoredExpertsLayer
 from resmoe_kernels.python_ops.models.layouts import experts_or_ffns
 from resmoe_kernels.python_ops.models.placing import (
@@ -35,7 +34,11 @@ from resmoe_kernels.python_ops.models.placing import (
     unplaced_experts,
 )
 from resmoe_kernels.python_ops.models.routing import RouterChange
+from resmoe_kernels.python_ops.models.saving import say_what_is_saved
+from resmoe_kernels.python_ops.models.specs import check_digests, check_layers, described_dtype, mapping
 from resmoe_kernels.python_ops.models.sub_configs import configs_with_layers, sub_configs
+from resmoe_kernels.python_ops.storage.digests import check_files
+from resmoe_kernels.python_ops.storage.model_files import read_config
 
 QUANT_METHOD = "resmoe"
 FORMAT_VERSION = 2  # 1: floats alone, no residual without a mask
@@ -51,6 +54,10 @@ class ResMoEConfig(QuantizationConfigMixin):
     layers_in: of a part's config, the file of the folder whose own quantization_config has the layers
     format_version: refused with ValueError where newer than this package's. What is written is the least that can hold
         the layers, see format_version_of, so that a package that knows only that one reads them
+    digests: see specs.digests_of; once made, those of the files of weights, by name, held against what they hold when
+        they are loaded. A folder without them is loaded as it is
+
+    Raises ValueError naming the place for a value that is not what it must be, in whatever way the file was damaged.
     """
 
     def __init__(
@@ -60,20 +67,31 @@ class ResMoEConfig(QuantizationConfigMixin):
         source: str | None = None,
         format_version: int = FORMAT_VERSION,
         layers_in: str | None = None,
-        **_: Any,
+        digests: dict[str, Any] | None = None,
+        **others: Any,
     ) -> None:
-        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
+        if unknown := sorted(set(others) - {"quant_method", "beside"}):
+            raise ValueError(f"quantization_config: unknown name {unknown[0]!r}; damaged, or of another version")
+        if isinstance(format_version, bool) or not isinstance(format_version, int) or format_version < 1:
+            raise ValueError(f"format_version: must be a whole number from 1 up, got {format_version!r}")
+        if format_version > FORMAT_VERSION:
             raise ValueError(
                 f"this checkpoint has resmoe format_version {format_version}, newer than the {FORMAT_VERSION} "
                 "this resmoe_kernels reads: upgrade resmoe_kernels"
             )
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        self.settings = settings or {}
+        self.settings = mapping(settings or {}, "settings")
         self.source = source
-        self.layers = layers or {}
+        self.layers = mapping(layers or {}, "layers")
+        _check(self.layers)
+        self.digests = {} if digests is None else check_digests(self.layers, digests)
         self.format_version = format_version_of(self.layers)
         if layers_in is not None:
             self.layers_in = layers_in
+
+    def to_dict(self) -> dict[str, Any]:
+        # Those of the files that were loaded: save_pretrained writes others.
+        return {key: value for key, value in super().to_dict().items() if key != "digests"}
 
 
 # What stands in a part's config beside ``experts_implementation``.
@@ -98,6 +116,7 @@ class ResMoEQuantizer(HfQuantizer):
         if hasattr(self.quantization_config, "layers_in"):
             self.quantization_config = _config_of_the_whole(files)
         layers = self.quantization_config.layers
+        check_files(files, self.quantization_config.digests)
         modules = {experts.path: experts for experts in experts_or_ffns(model)}
         names = list(names_in(files))
         check_complete(layers, names)
@@ -160,6 +179,17 @@ def format_version_of(layers: dict[str, dict[str, Any]]) -> int:
         if full or spec["sizes"].get("payloads"):
             return 2
     return 1
+
+
+def _check(layers: dict[str, Any]) -> None:
+    check_layers(layers, PART_ROUTER)
+    for path, spec in layers.items():
+        try:
+            weights = described_weights(spec)
+            change, part_router = described_routing(spec)
+            (change or RouterChange()).check_fits(weights.num_experts, None, part_router)
+        except ValueError as error:
+            raise ValueError(f"layers[{path!r}].{error}") from None
 
 
 def check_complete(layers: dict[str, Any], names: Iterable[str]) -> None:
@@ -225,6 +255,7 @@ def mark_as_factored(model: nn.Module, quantizer: HfQuantizer) -> None:
         spec.setdefault(STORED_AS, stored_prefix(model, path, next(iter(spec["tensors"]))))  # type: ignore[arg-type]
     for _, part in configs_with_layers(model, layers):  # type: ignore[arg-type]
         part.quantization_config, part.experts_implementation = dict(PART), QUANT_METHOD  # type: ignore[attr-defined]
+    say_what_is_saved(model)
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.is_quantized, model.quantization_method = True, QUANT_METHOD  # type: ignore[assignment]
     model.config.quantization_config = quantizer.quantization_config  # type: ignore[union-attr]
@@ -261,6 +292,6 @@ def described_routing(
 
 
 def _described(tensor: dict[str, Any], dtype: torch.dtype | None) -> Tensor:
-    stored = getattr(torch, tensor["dtype"])
+    stored = described_dtype(tensor)
     wanted = dtype if dtype is not None and stored.is_floating_point else stored
     return torch.empty(tensor["shape"], dtype=wanted, device="meta")

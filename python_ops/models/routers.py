@@ -7,6 +7,7 @@ is run on random logits, and the one that gives the router's own answers is it.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import itertools
 from contextlib import suppress
@@ -66,16 +67,18 @@ def read_scoring(router: nn.Module, experts_path: str, num_slots: int) -> Scorin
 
     Raises ValueError naming the experts it belongs to if it is of no known kind.
     """
+    # In float32, also while a model of another dtype is being built and torch's default is that.
     probe = copy.deepcopy(router).to_empty(device="cpu").float().eval()
     generator = torch.Generator().manual_seed(0)
     for tensor in itertools.chain(probe.parameters(), probe.buffers()):
         if tensor.is_floating_point():
             # Logits of deviation 1: a softmax of wide ones is 0 and 1, whatever is done with it.
-            tensor.data = torch.randn(tensor.shape, generator=generator) / max(tensor.shape, default=1) ** 0.5
+            random = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
+            tensor.data = random / max(tensor.shape, default=1) ** 0.5
     rows = _rows(probe, num_slots)
     assert rows is not None  # as find_router has seen
-    x = torch.randn(_PROBE_TOKENS, rows.shape[1], generator=generator)
-    given = torch.randn(num_slots, generator=generator) / num_slots**0.5
+    x = torch.randn(_PROBE_TOKENS, rows.shape[1], generator=generator, dtype=torch.float32)
+    given = torch.randn(num_slots, generator=generator, dtype=torch.float32) / num_slots**0.5
     answer, bias = _answer(probe, x, given)
     if isinstance(answer, tuple) and len(answer) == 3:
         logits, weights, experts = answer
@@ -141,12 +144,31 @@ def _candidates(router: nn.Module, top_k: int):
 
 def _by_slot(weights: Tensor, slots: Tensor, num_slots: int) -> Tensor:
     """(T, K) weights and slots -> (T, num_slots): routers differ in the order of what they choose."""
-    return torch.zeros(len(slots), num_slots).scatter(1, slots, weights)
+    return weights.new_zeros(len(slots), num_slots).scatter(1, slots, weights)
 
 
 def change_choice(router: nn.Module, change: RouterChange) -> RemovableHandle:
     """Makes the router choose by ``change`` until the handle is removed; its parameters and their names stay."""
     return router.register_forward_hook(_Rechoose(change), with_kwargs=True)
+
+
+def as_asked(change: RouterChange, scoring: Scoring, experts_path: str) -> RouterChange:
+    """A change that was stored, for the router as it is now: how it scores is a setting of the model, which a load may
+    have changed (``num_experts_per_tok=4``), and the model's own word counts.
+
+    Raises ValueError naming the experts where a threshold has taken the place of what was asked for.
+    """
+    check_top_k(change, scoring.top_k, experts_path)
+    return dataclasses.replace(change, scoring=scoring)
+
+
+def check_top_k(change: RouterChange, top_k: int, where: str) -> None:
+    """Raises ValueError if another number of experts is asked of a router that a threshold took over."""
+    if change.threshold_over_all is not None and change.scoring is not None and top_k != change.scoring.top_k:
+        raise ValueError(
+            f"{where}: a threshold says how many experts a token uses here, so {top_k} of them cannot be asked for; "
+            f"leave the model's number at {change.scoring.top_k}, or compress with another threshold"
+        )
 
 
 class _Rechoose:
@@ -160,15 +182,18 @@ class _Rechoose:
     def __call__(
         self, router: nn.Module, arguments: tuple, named: dict, output: tuple[Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        answered, weights, _ = output
+        answered, weights, own = output
         logits = answered.flatten(0, -2)
-        change = self.change
-        assert change.scoring is not None
+        change, scoring = self.change, self.change.scoring
+        assert scoring is not None
+        if own.shape[-1] != scoring.top_k:  # the router's own number was changed since
+            check_top_k(change, own.shape[-1], type(router).__name__)
+            scoring = dataclasses.replace(scoring, top_k=own.shape[-1])
         if self.pruned is not None and self.pruned.device != logits.device:
             self.pruned = self.pruned.to(logits.device)  # once: a graph is captured after a first call
         chosen, slots = select(
             logits,
-            change.scoring,
+            scoring,
             pruned=self.pruned,
             left=self.left,
             masked=change.masked,

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resmoe_kernels.python_ops.models.specs import from_plain
+
 SCORES = ("softmax", "sigmoid")
+GROUP_SCORES = ("max", "top2")
 MASKED = ("before", "after")
 COMBINE = ("raw", "renormalised", "ones")
 OVER = ("all", "chosen")
@@ -37,6 +40,11 @@ class Scoring:
     groups: int = 1
     groups_kept: int = 1
     group_score: str = "max"
+
+    def __post_init__(self) -> None:
+        for name, known in (("score", SCORES), ("group_score", GROUP_SCORES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
     @property
     def is_one_softmax(self) -> bool:
@@ -144,14 +152,37 @@ class RouterChange:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> RouterChange:
-        """The inverse of ``to_json``."""
-        value = dict(value)
-        if value.get("expert_of_slot") is not None:
-            value["expert_of_slot"] = tuple(value["expert_of_slot"])
-        for name, kind in (("scoring", Scoring), ("threshold", Threshold)):
-            if value.get(name) is not None:
-                value[name] = kind(**value[name])
-        return cls(**value)
+        """The inverse of ``to_json``. Raises ValueError naming the field if one is not known or of another type."""
+        return from_plain(cls, value, "router")
+
+    def check_fits(self, num_experts: int, slots: int | None, part_router: Tensor | None) -> None:
+        """Raises ValueError unless the change is one of a layer with so many experts, parts counted one by one.
+
+        slots: of the router, where it is known;  part_router: its rows are one for every part
+        """
+        if num_experts % self.parts:
+            raise ValueError(f"router.parts: must divide the layer's {num_experts} experts, got {self.parts}")
+        whole = num_experts // self.parts
+        of_slot = self.expert_of_slot
+        if of_slot is not None and not (min(of_slot) >= -1 and max(of_slot) < whole):
+            raise ValueError(f"router.expert_of_slot: entries must be in [-1, {whole}), got {list(of_slot)}")
+        known = whole if of_slot is None else len(of_slot)
+        if slots is not None and known != slots:
+            raise ValueError(f"router: the model's router has {slots} slots, this change is of one with {known}")
+        if self.scoring is not None:
+            scoring = self.scoring
+            if not 1 <= scoring.top_k <= known:
+                raise ValueError(f"router.scoring.top_k: must be in [1, {known}], got {scoring.top_k}")
+            if scoring.groups < 1 or known % scoring.groups or not 1 <= scoring.groups_kept <= scoring.groups:
+                raise ValueError(
+                    f"router.scoring.groups: must divide the {known} slots, and groups_kept be at most as many, got "
+                    f"{scoring.groups} and {scoring.groups_kept}"
+                )
+        if part_router is None:
+            if self.part_mass < 1:
+                raise ValueError(f"router.part_mass: below 1 it needs a part router, got {self.part_mass} without one")
+        elif len(part_router) != num_experts:
+            raise ValueError(f"part_router: must have {num_experts} rows, one a part, got {len(part_router)}")
 
     def describe(self) -> str:
         """One line for people: ``6 of 8 kept, 0.8 of the mass, 4 parts``; empty where nothing changes."""

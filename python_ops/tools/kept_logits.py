@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resmoe_kernels.python_ops.models.checkpoint import part_name
+from resmoe_kernels.python_ops.storage.files import give_name, part_name
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -64,7 +64,7 @@ class LogitsWriter:
             self._file.close()
         if whole:
             assert self._written == self.tokens
-            self._part.replace(self.path)
+            give_name(self._part, self.path)
         else:
             self._part.unlink(missing_ok=True)
 

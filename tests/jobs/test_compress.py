@@ -17,7 +17,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 import resmoe_kernels as rk
-from resmoe_kernels.python_ops.models.checkpoint import INDEX, SINGLE
+from resmoe_kernels.python_ops.storage.model_files import INDEX, SINGLE
 from tests import families
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -98,15 +98,15 @@ def run(k, model, fails=False, **settings):
                 count += 1
         sys.addaudithook(hook)
         # Beside fsync, where a file is written and not yet under its name, one more place: a file half written.
-        from resmoe_kernels.python_ops.models import checkpoint
-        checkpoint._COPY_CHUNK = 2000
-        copy = checkpoint._copy
-        def halving(source, out, length):
-            copy(source, out, length // 2)
+        from resmoe_kernels.python_ops.storage import files
+        files._COPY_CHUNK = 2000
+        copy = files._copy
+        def halving(source, out, length, digest):
+            copy(source, out, length // 2, digest)
             out.flush()
             sys.audit("halfway")
-            copy(source, out, length - length // 2)
-        checkpoint._copy = halving
+            copy(source, out, length - length // 2, digest)
+        files._copy = halving
         try:
             rk.compress(model, place / "out", progress=False, **settings)
         except ValueError:
@@ -276,7 +276,7 @@ def test_killed_while_measuring_and_after(mixtral, by_error, tmp_path, monkeypat
     from resmoe_kernels.python_ops.methods import resmoe
 
     done: list[str] = []
-    write, work, align = module.write_measured, module._write_layer, resmoe.barycenter
+    write, work, align = module.write_sealed, module._write_layer, resmoe.barycenter
 
     def once(name, function, key):
         def call(*arguments, **given):
@@ -289,8 +289,8 @@ def test_killed_while_measuring_and_after(mixtral, by_error, tmp_path, monkeypat
 
         return call
 
-    monkeypatch.setattr(module, "write_measured", once("measure", write, lambda a: int(a[1].stem[-5:])))
-    monkeypatch.setattr(module, "_write_layer", once("write", work, lambda a: int(a[2].stem[-5:])))
+    monkeypatch.setattr(module, "write_sealed", once("measure", write, lambda a: int(a[1].stem[-5:])))
+    monkeypatch.setattr(module, "_write_layer", once("write", work, lambda a: int(a[2].file.stem[-5:])))
     monkeypatch.setattr(resmoe, "barycenter", once("align", align, lambda _: ""))
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
@@ -328,13 +328,13 @@ def test_a_damaged_measurement_is_done_again(damage, mixtral, by_error, tmp_path
     files = sorted((tmp_path / ".out.unfinished" / "measured").iterdir())
     assert [file.name for file in files] == ["experts-00000.safetensors", "experts-00001.safetensors"]
     damage(files[1])
-    written, write = [], module.write_measured
+    written, write = [], module.write_sealed
 
     def noted(tensors, file):
         written.append(file)
         write(tensors, file)
 
-    monkeypatch.setattr(module, "write_measured", noted)
+    monkeypatch.setattr(module, "write_sealed", noted)
     assert tree(rk.compress(mixtral, tmp_path / "out", **MEASURED)) == by_error
     assert written == files[1:]
 
@@ -343,8 +343,8 @@ def test_a_disk_that_loses_what_is_measured(mixtral, tmp_path, monkeypatch):
     """An OSError: the rest of the work is kept."""
     from resmoe_kernels.python_ops.jobs import compress as module
 
-    write = module.write_measured
-    monkeypatch.setattr(module, "write_measured", lambda tensors, file: (write(tensors, file), _cut_short(file)))
+    write = module.write_sealed
+    monkeypatch.setattr(module, "write_sealed", lambda tensors, file: (write(tensors, file), _cut_short(file)))
     with pytest.raises(OSError, match=r"measured/experts-00000\.safetensors: does not hold what was written to it; ch"):
         rk.compress(mixtral, tmp_path / "out", **MEASURED)
     assert (tmp_path / ".out.unfinished" / "job.json").is_file()
@@ -396,7 +396,6 @@ def test_a_second_process_is_refused(mixtral, tmp_path):
 def test_the_lock_is_held_while_working(mixtral, tmp_path, monkeypatch):
     """A second call from within the first, at its first layer and when the first is about to clean up."""
     from resmoe_kernels.python_ops.jobs import compress as module
-    from resmoe_kernels.python_ops.jobs import folder as folder_module
 
     errors = []
 
@@ -412,8 +411,8 @@ def test_the_lock_is_held_while_working(mixtral, tmp_path, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(module, "finish", before(module.finish))
-    monkeypatch.setattr(folder_module, "_remove", before(folder_module._remove))
+    monkeypatch.setattr(module, "publish", before(module.publish))
+    monkeypatch.setattr(module.Unfinished, "remove", before(module.Unfinished.remove))
     rk.compress(mixtral, tmp_path / "out", progress=False)
     assert len(errors) == 2
 
@@ -479,9 +478,11 @@ def test_what_is_left_behind(model, tmp_path):
 
 
 def test_links_become_files(model, tmp_path):
-    """The hub's cache is a folder of links."""
-    blobs = tmp_path / "blobs"
-    blobs.mkdir()
+    """The hub's cache is a folder of links to blobs of the same repository."""
+    blobs = tmp_path / "models--a" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs.parent / "snapshots").mkdir()
+    model = model.rename(blobs.parent / "snapshots" / "0123")
     for path in [p for p in model.iterdir() if p.is_file()]:
         path.rename(blobs / path.name)
         path.symlink_to(blobs / path.name)
@@ -563,7 +564,7 @@ def test_files_have_the_mode_of_files(mixtral, tmp_path):
 def test_what_a_killed_writer_left_is_not_kept(mixtral, tmp_path, monkeypatch):
     """safetensors writes to a hidden file of its own beside the one asked for."""
     with monkeypatch.context() as patched:
-        patched.setattr("resmoe_kernels.python_ops.jobs.compress.finish", _interrupt)
+        patched.setattr("resmoe_kernels.python_ops.jobs.compress.publish", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             rk.compress(mixtral, tmp_path / "out", progress=False)
     (tmp_path / ".out.unfinished" / "checkpoint" / ".tmpAbC123").write_bytes(b"half a shard")
@@ -621,7 +622,7 @@ def test_someone_elses_folder_of_the_name_of_the_unfinished_one(mixtral, tmp_pat
 
 def test_an_unfinished_job_with_other_settings(mixtral, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "resmoe_kernels.python_ops.jobs.compress.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        "resmoe_kernels.python_ops.jobs.compress.publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         rk.compress(mixtral, tmp_path / "out", progress=False)

@@ -20,6 +20,7 @@ import torch
 import resmoe_kernels as rk
 from resmoe_kernels.python_ops.jobs import workers
 from resmoe_kernels.python_ops.jobs.workers import in_processes, on_ray
+from resmoe_kernels.python_ops.models.identity import Identity
 from resmoe_kernels.python_ops.solvers.svd import truncated_svd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,9 +56,9 @@ def killed_once(layer: Any) -> None:
     """The second layer's worker dies, once, as soon as the first layer's file is there."""
     from resmoe_kernels.python_ops.jobs.compress import _compress_layer
 
-    killed = layer.file.parent.parent.parent / "killed"
+    killed = layer.record.file.parent.parent.parent / "killed"
     if layer.number == 1 and not killed.exists():
-        while not layer.file.with_name("experts-00000.safetensors").is_file():
+        while not layer.record.file.with_name("experts-00000.safetensors").is_file():
             time.sleep(0.01)
         killed.touch()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -117,9 +118,9 @@ def test_a_worker_that_sees_another_model(model, tmp_path, monkeypatch):
     from resmoe_kernels.python_ops.jobs import compress as module
 
     with pytest.raises(OSError, match=r"dense: is not the model that the job began with; every worker must see the"):
-        module._opened(model, "another", False)
+        module._opened(model, Identity("another", "", ()), False)
     with pytest.raises(OSError, match=r"absent: no such model folder .*; every worker must see the same model under"):
-        module._opened(tmp_path / "absent", "another", False)
+        module._opened(tmp_path / "absent", Identity("another", "", ()), False)
 
 
 def test_threads_are_shared_out_and_errors_raised_as_they_are(tmp_path):

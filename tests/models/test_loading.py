@@ -112,6 +112,7 @@ def test_a_config_that_describes_less_than_the_shards_hold_is_refused(copy, dama
     from resmoe_kernels.python_ops.cli import inspect_checkpoint
 
     config = json.loads((copy / "config.json").read_text())
+    del config["quantization_config"]["digests"]  # which would tell, too
     layers = config["quantization_config"]["layers"]
     layers.pop("model.layers.1.mlp.experts") if damage == "one layer gone" else layers.clear()
     (copy / "config.json").write_text(json.dumps(config))
@@ -136,6 +137,7 @@ def test_the_model_without_its_head_loads_and_saves(factored, tmp_path):
 
 def test_layers_that_the_shards_do_not_hold_are_refused(copy):
     config = json.loads((copy / "config.json").read_text())
+    del config["quantization_config"]["digests"]  # which would tell, too
     layers = config["quantization_config"]["layers"]
     layers["model.layers.9.mlp.experts"] = layers.pop("model.layers.1.mlp.experts")
     (copy / "config.json").write_text(json.dumps(config))
@@ -152,6 +154,11 @@ def test_damaged_indices_are_refused_before_a_kernel_reads_them(copy):
     tensors = load_file(path)
     tensors["model.layers.0.mlp.experts.mask_down"][1, 2, 0] = 1
     save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"experts-00000\.safetensors: does not hold what was written to it"):
+        AutoModelForCausalLM.from_pretrained(copy)
+    config = json.loads((copy / "config.json").read_text())
+    del config["quantization_config"]["digests"]
+    (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts\.mask_down: block layout keeps exactly 8"):
         AutoModelForCausalLM.from_pretrained(copy)
 

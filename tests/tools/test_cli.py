@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import resmoe_kernels as rk
 from resmoe_kernels.python_ops.cli import inspect_checkpoint, main
-from resmoe_kernels.python_ops.models.checkpoint import INDEX, SINGLE
+from resmoe_kernels.python_ops.storage.model_files import INDEX, SINGLE
 from tests import families
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -349,7 +349,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a shard cut in the data": (cut(lambda size: size - 1), ["truncated or damaged safetensors file of"]),
     "a shard lacks a tensor": (
         lambda f: edit_tensor(f, W1, lambda t: None),
-        [f"lacks {W1}, which {INDEX} places there"],
+        [f"lacks {W1}, which the index places there"],
     ),
     "an index cut off": (lambda f: (f / INDEX).write_text("{"), [f"{INDEX}: not valid JSON"]),
     "an index that leads out": (
@@ -592,7 +592,7 @@ def test_compress_what_is_compressed(run, factored, tmp_path):
 
 def test_compress_beside_an_unfinished_job(run, dense, tmp_path, monkeypatch):
     """Refused with other settings; finished by the same ones."""
-    monkeypatch.setattr("resmoe_kernels.python_ops.jobs.compress.finish", lambda *_: sys.exit(3))
+    monkeypatch.setattr("resmoe_kernels.python_ops.jobs.compress.publish", lambda *_: sys.exit(3))
     assert run("compress", dense, tmp_path / "out").code == 3
     monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == [".out.unfinished"]
