@@ -30,17 +30,19 @@ test: ctest interpret pytest
 ctest: setup
 	$(BIN)/cmake -S . -B build/cmake -DCMAKE_CUDA_ARCHITECTURES=80
 	$(BIN)/cmake --build build/cmake --parallel 2
-	$(BIN)/ctest --test-dir build/cmake --output-on-failure
+	$(BIN)/ctest --test-dir build/cmake --output-on-failure --parallel 2
 
 # The C++ tests again, with every read out of bounds and every undefined operation an error; then those with threads,
 # with every race an error.
 sanitize: setup
 	$(BIN)/cmake -S . -B build/sanitize -DRESMOE_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitize --parallel 2
-	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --parallel 2
 	$(BIN)/cmake -S . -B build/races -DRESMOE_SANITIZE=thread
-	$(BIN)/cmake --build build/races --parallel 2
-	$(BIN)/ctest --test-dir build/races --output-on-failure -R '^(experts|cuda_emulation.*|low_rank_decode)$$'
+	$(BIN)/cmake --build build/races --parallel 2 \
+	  --target test_experts test_cuda_emulation test_cuda_emulation_faults test_low_rank_decode
+	$(BIN)/ctest --test-dir build/races --output-on-failure --parallel 2 \
+	  -R '^(experts|cuda_emulation.*|low_rank_decode)$$'
 
 # The Triton kernels on the CPU, by Triton's interpreter: it is chosen when kernels are imported, so in a process of its
 # own.

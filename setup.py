@@ -5,7 +5,7 @@ The environment variables of the build:
 RESMOE_BUILD          auto (the default): CUDA kernels where nvcc is found; cpu: none; cuda: an error where they fail
 TORCH_CUDA_ARCH_LIST  the GPUs to build for, as torch's own extensions read it: "8.0 9.0a+PTX"
 CUDA_HOME, CUDA_PATH  the folder with bin/nvcc; else the one on PATH, else /usr/local/cuda
-MAX_JOBS              how many GPUs' code nvcc compiles at once
+MAX_JOBS              how many files of C++, or GPUs' code, are compiled at once; as many as there are CPUs if not set
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,14 +128,19 @@ def find_cuda(build: str) -> Cuda | str:
     return Cuda(nvcc, version, gpus, ptx, left_out, runtime.resolve())
 
 
+def jobs_at_once() -> int:
+    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    if not jobs.isdecimal() or jobs == "0":
+        raise SystemExit(f"resmoe_kernels: MAX_JOBS must be a number of at least 1, got {jobs!r}")
+    return int(jobs)
+
+
 def compile_cuda(cuda: Cuda) -> list[str]:
     """The objects of csrc/cuda/*.cu, compiled where flags, source or headers differ from those of the last time."""
     flags = ["-std=c++20", "-O3", "-Icsrc", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     flags += [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in cuda.gpus]
     flags += [f"-gencode=arch=compute_{gpu},code=compute_{gpu}" for gpu in cuda.ptx]
-    jobs = os.environ.get("MAX_JOBS") or str(min(len(cuda.gpus), os.cpu_count() or 1))
-    if not jobs.isdecimal() or jobs == "0":
-        raise SystemExit(f"resmoe_kernels: MAX_JOBS must be a number of at least 1, got {jobs!r}")
+    threads = str(min(len(cuda.gpus), jobs_at_once()))
     headers = [path.read_bytes() for path in sorted(Path("csrc/cuda").iterdir()) if path.suffix != ".cu"]
     CUDA_OBJECTS.mkdir(parents=True, exist_ok=True)
     objects = []
@@ -145,7 +151,7 @@ def compile_cuda(cuda: Cuda) -> list[str]:
             for stale in CUDA_OBJECTS.glob(f"{source.stem}-*.o"):
                 stale.unlink()
             unfinished = object_file.with_suffix(".unfinished.o")
-            command = [cuda.nvcc, *flags, "--threads", jobs, "-c", str(source), "-o", str(unfinished)]
+            command = [cuda.nvcc, *flags, "--threads", threads, "-c", str(source), "-o", str(unfinished)]
             print(shlex.join(command), flush=True)
             if subprocess.run(command, check=False).returncode:
                 raise SystemExit(
@@ -197,7 +203,14 @@ class BuildKernels(build_ext):
         def compile_with_flags(obj: str, src: str, ext: str, cc_args: Any, postargs: Any, pp_opts: Any) -> None:
             compile_one(obj, src, ext, cc_args, [*postargs, *ISA_FLAGS.get(src, [])], pp_opts)
 
-        self.compiler._compile = compile_with_flags
+        compile_all = self.compiler.compile  # one after another
+
+        def compile_side_by_side(sources: list[str], **given: Any) -> list[str]:
+            with ThreadPoolExecutor(jobs_at_once()) as pool:
+                made = list(pool.map(lambda source: compile_all([source], **given), sources))
+            return [object_file for objects in made for object_file in objects]
+
+        self.compiler._compile, self.compiler.compile = compile_with_flags, compile_side_by_side
         super().build_extensions()
         print(f"resmoe_kernels: built {built}", flush=True)
 

@@ -169,3 +169,15 @@ def test_the_gpu_section_says_what_the_accounts_and_the_compile_report_say():
         configurations = list(csv.DictReader(file))
     assert f"use, {len(configurations)} in all, " in README
     assert not any(row["loop_spills"] not in ("", "0") for row in configurations)
+
+
+# ---- CONTRIBUTING.md
+
+WALKED = re.findall(r"`([\w/]+\.\w+)(?::(\w+))?`", (REPO / "CONTRIBUTING.md").read_text())
+
+
+@pytest.mark.parametrize(("file", "name"), sorted({step for step in WALKED if "/" in step[0]}))
+def test_every_step_that_contributors_are_shown_is_there(file, name):
+    """In the checkout, or, where the text is about one storey, in that."""
+    (path,) = [p for p in (REPO / file, REPO / "python_ops" / file) if p.is_file()]
+    assert re.search(rf"\b{name}\b", path.read_text(encoding="utf-8"))
