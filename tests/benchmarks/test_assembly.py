@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from benchmarks.gpu import assembly
-
-REPO = Path(__file__).resolve().parents[2]
 
 
 def instruction(text: str) -> assembly.Instruction:

@@ -20,8 +20,7 @@ from benchmarks.experts import amx_cells, bench_experts, bench_model, peers, pee
 from benchmarks.gpu import cubin_report, measure_gpu, persistent, projection
 from resmoe_kernels import heuristics
 from resmoe_kernels.sparse import popcount
-
-REPO = Path(__file__).resolve().parents[2]
+from tests.conftest import REPO
 
 ODD = shapes.Shape("odd", 96, 160, 5, 2, "made up")
 UNGATED = shapes.Shape("ungated", 64, 96, 3, 1, "made up", gated=False, activation="relu")

@@ -9,25 +9,23 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-REPO = Path(__file__).resolve().parents[2]
-
 pytest.importorskip("triton", reason="needs triton: pip install resmoe_kernels[gpu]")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted here, not compiled", allow_module_level=True)
 
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
+import triton
+import triton.language as tl
 
-from benchmarks.gpu import compile_report, configurations, occupancy  # noqa: E402
-from resmoe_kernels.heuristics import Tile  # noqa: E402
-from resmoe_kernels.triton_kernels.launch import Launch  # noqa: E402
-from resmoe_kernels.triton_kernels.tiles import popcount  # noqa: E402
+from benchmarks.gpu import compile_report, configurations, occupancy
+from resmoe_kernels.heuristics import Tile
+from resmoe_kernels.triton_kernels.launch import Launch
+from resmoe_kernels.triton_kernels.tiles import popcount
+from tests.conftest import REPO
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import assembly, cubin_report
-
-REPO = Path(__file__).resolve().parents[2]
+from tests.conftest import REPO
 
 COMMITTED = REPO / "benchmarks" / "results" / "cubin.csv"
 REPORTS = (REPO / "benchmarks" / "gpu" / "reports.md").read_text()

@@ -13,8 +13,6 @@ import pytest
 from benchmarks.gpu import occupancy
 from resmoe_kernels.heuristics import GPUS
 
-REPO = Path(__file__).resolve().parents[2]
-
 NVIDIA_PROGRAM = """
 #include <cstdio>
 #include <cstring>

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +10,7 @@ import torch
 from benchmarks.families import sweep, tiny_models
 from resmoe_kernels.factored import DenseExperts
 from resmoe_kernels.python_ops.models import layouts
-
-REPO = Path(__file__).resolve().parents[2]
-
+from tests.conftest import REPO
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 RESULTS = REPO / "benchmarks" / "results" / "families.csv"

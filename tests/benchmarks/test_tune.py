@@ -7,15 +7,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from math import log2
-from pathlib import Path
 
 import pytest
 
 from benchmarks.gpu import tune
 from resmoe_kernels import heuristics
 from resmoe_kernels.heuristics import DECODE_KERNELS, PREFILL_KERNELS, Problem, Tile, tile_of
-
-REPO = Path(__file__).resolve().parents[2]
+from tests.conftest import REPO
 
 DECODE = Problem(8, 8, 128, 2048, 768, True, 1, 216, 139, False, 2)
 PREFILL = replace(DECODE, tokens=512)

@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -16,8 +15,8 @@ from typer.testing import CliRunner
 import resmoe_kernels as rk
 from resmoe_kernels.python_ops.cli import app, inspect_checkpoint
 from resmoe_kernels.python_ops.methods.named import setting_types
+from tests.conftest import REPO
 
-REPO = Path(__file__).parents[2]
 README = (REPO / "README.md").read_text()
 
 

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,11 +28,11 @@ from resmoe_kernels.python_ops.solvers.expert_outputs import expert_outputs
 from resmoe_kernels.python_ops.solvers.factorize import low_rank_at
 from resmoe_kernels.python_ops.solvers.reception_field import best_together, runs
 from tests import families
+from tests.conftest import REPO
 
-ROOT = Path(__file__).parents[2]
-TINY_MIXTRAL = ROOT / "examples/tiny-mixtral"
+TINY_MIXTRAL = REPO / "examples/tiny-mixtral"
 FORMS = list(itertools.product([True, False], [True, False]))  # gated, bias
-EXCERPT = ROOT / "examples/wikitext2-excerpt.txt"
+EXCERPT = REPO / "examples/wikitext2-excerpt.txt"
 
 
 # ---- made-up layers, and what they compute written out

@@ -4,7 +4,6 @@ import csv
 import itertools
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resmoe_kernels.python_ops.solvers.genetic import SEARCHES, Sets, search
-
-ROOT = Path(__file__).parents[2]
+from tests.conftest import REPO
 
 
 def quadratic(num_experts, seed):
@@ -140,8 +138,8 @@ def test_the_same_seed_gives_the_same_and_another_seed_another_search(kind):
 
 def test_the_benchmark_measures_every_layer_of_a_model(tmp_path):
     command = ["-m", "benchmarks.compression.bench_genetic", "examples/tiny-mixtral", "--tokens", 128, "--threads", 1]
-    command += ["--text", ROOT / "examples/wikitext2-excerpt.txt", "--csv", tmp_path / "new/g.csv"]
-    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, capture_output=True, text=True)
+    command += ["--text", REPO / "examples/wikitext2-excerpt.txt", "--csv", tmp_path / "new/g.csv"]
+    subprocess.run([sys.executable, *map(str, command)], cwd=REPO, check=True, capture_output=True, text=True)
     with (tmp_path / "new/g.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["layer"] for row in rows] == ["0", "1", "2", "3"]

@@ -24,8 +24,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from resmoe_kernels.python_ops.tools import evaluate as module
 from resmoe_kernels.python_ops.tools.evaluate import evaluate
+from tests.conftest import REPO
 
-REPO = Path(__file__).parents[2]
 DATA = REPO.parent / "shared" / "data"
 POSITIONS = 32
 

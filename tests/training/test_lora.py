@@ -2,7 +2,6 @@
 
 import copy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +13,10 @@ from resmoe_kernels.python_ops.models.dense_model import DenseModel
 from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer
 from resmoe_kernels.python_ops.training.lora import fine_tune
 from tests import families
+from tests.conftest import REPO
 
 pytest.importorskip("peft")
-ROOT = Path(__file__).parents[2]
-TINY_MIXTRAL = ROOT / "examples/tiny-mixtral"
+TINY_MIXTRAL = REPO / "examples/tiny-mixtral"
 PRUNED = {"method": "moe-i2", "prune": 0.5, "retain": 0.4, "population": 8, "generations": 2, "block": 1}
 
 
@@ -55,7 +54,7 @@ def test_tuning_a_compressed_model_helps_on_text_it_was_not_tuned_on(tmp_path):
     # the kind of text: the dense model, tuned alike, comes to 4.73.
     model = AutoModelForCausalLM.from_pretrained(TINY_MIXTRAL, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(TINY_MIXTRAL)
-    text = windows(model.config, tokenizer, ROOT / "examples/wikitext2-excerpt.txt", 10_000)
+    text = windows(model.config, tokenizer, REPO / "examples/wikitext2-excerpt.txt", 10_000)
     text = text.flatten()[: text.numel() // 64 * 64].view(-1, 64)
     train, held_out = text[:-24], text[-24:]
     statistics = collect(DenseModel(model), train[:16], progress=False)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import os
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +20,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from benchmarks.gpu import configurations
 from resmoe_kernels.triton_kernels import experts as experts_triton
 from resmoe_kernels.triton_kernels.launch import recorded
+from tests.conftest import REPO
 from tests.kernels.test_experts import FORMS
-
-REPO = Path(__file__).resolve().parents[2]
 
 TARGET = "sm_90"
 SAMPLE = 8
