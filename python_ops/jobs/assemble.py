@@ -14,6 +14,7 @@ from resmoe_kernels.python_ops.models.checkpoint import Checkpoint, check_shard_
 from resmoe_kernels.python_ops.models.hf_quantizer import PART, QUANT_METHOD, format_version_of
 from resmoe_kernels.python_ops.models.specs import digests_of
 from resmoe_kernels.python_ops.models.sub_configs import part_of_json
+from resmoe_kernels.python_ops.storage.dense_view import dense_dtype
 from resmoe_kernels.python_ops.storage.files import copy_file, sync_folder, write_json, write_subset
 from resmoe_kernels.python_ops.storage.model_files import INDEX, NAMED, SINGLE, files_beside, weights_left_out
 from resmoe_kernels.python_ops.storage.shards import Shard, read_shard
@@ -40,8 +41,16 @@ def carry_over(
     checked: of which tensors, by name, NaN and Inf are refused, those to be compressed too: what is wrong there should
         not cost the layers. Buffers of clip limits and masks hold them rightly
 
-    Weights that from_pretrained does not read are left out, with a warning that names them.
+    Weights that from_pretrained does not read are left out, with a warning that names them; those stored by a method of
+    storage/quantised.py are stored dense, with one that says so.
     """
+    if source.quantised is not None:
+        _log.warning(
+            "%s: its %s weights are dequantised; what is not compressed is stored in %s",
+            source.folder,
+            source.quantised,
+            str(dense_dtype(source.config)).removeprefix("torch."),
+        )
     if left := weights_left_out(source.folder, [shard.path for shard in source.shards.values()]):
         more = f" and {len(left) - _NAMED_AT_MOST} more" if len(left) > _NAMED_AT_MOST else ""
         _log.warning(
@@ -57,7 +66,7 @@ def carry_over(
             continue
         check_shard_finite(shard, filter(checked, shard.header))
         digest = None
-        if len(rest) == len(shard.header):
+        if rest and len(rest) == len(shard.header) and all(map(shard.is_stored, rest)):
             digest = copy_file(shard.path, record.file)
         elif rest:
             digest = write_subset(shard, rest, record.file)

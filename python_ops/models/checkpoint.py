@@ -18,7 +18,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from resmoe_kernels.factored import TENSOR_NAMES
+from resmoe_kernels.python_ops.storage.dense_view import dense_views
 from resmoe_kernels.python_ops.storage.model_files import read_config, weight_files
+from resmoe_kernels.python_ops.storage.quantised import quantisation_of
 from resmoe_kernels.python_ops.storage.shards import Shard, read_shard, same_tensor
 
 _FINITE_CHUNK = 4 << 20  # elements
@@ -27,7 +29,8 @@ _EXPERT_DTYPES_ON_DISK = ("F16", "BF16", "F32", "F64")
 
 
 class Checkpoint:
-    """A Hugging Face model folder with safetensors weights.
+    """A Hugging Face model folder with safetensors weights. Those that are quantised by a method of
+    storage/quantised.py are read, and named, as the dense ones that they stand for.
 
     Raises ValueError naming what is wrong: no such folder, no config.json or index that can be read, no
     safetensors (pickle weights are never read), a missing or truncated shard, a shard that lacks a tensor the
@@ -41,6 +44,7 @@ class Checkpoint:
         self.config = read_config(self.folder)
         paths, promised = weight_files(self.folder, self.config)
         self.shards = {path.name: read_shard(path) for path in paths}
+        self.quantised = quantisation_of(self.config)  # how the weights are stored, None where they are dense
         for name, file in promised.items():
             if name not in self.shards[file].header:
                 raise ValueError(f"{self.folder / file}: lacks {name}, which the index places there")
@@ -53,11 +57,12 @@ class Checkpoint:
                         "and which one counts would depend on the order of files; remove one"
                     )
                 self.shard_of[name] = shard
+        self.shards = dense_views(self.shards, self.config)
+        self.shard_of = {name: shard for shard in self.shards.values() for name in shard.header}
 
     def load(self, name: str) -> Tensor:
-        """One tensor, from disk."""
-        with safe_open(self.shard_of[name].path, framework="pt") as file:
-            return file.get_tensor(name)
+        """One tensor, from disk; of a quantised one, the dense."""
+        return next(tensor for _, tensor in self.shard_of[name].tensors([name]))
 
 
 class ModuleReader:
@@ -214,10 +219,9 @@ def check_shard_finite(shard: Shard, names: Iterable[str]) -> None:
 
     Only of the dtypes that a model computes in: what others mean is for those who read them.
     """
-    with safe_open(shard.path, framework="pt") as file:
-        for name in names:
-            if (tensor := file.get_tensor(name)).dtype in _EXPERT_DTYPES:
-                check_finite(name, tensor)
+    for name, tensor in shard.tensors(names):
+        if tensor.dtype in _EXPERT_DTYPES:
+            check_finite(name, tensor)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

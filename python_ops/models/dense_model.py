@@ -18,6 +18,7 @@ from resmoe_kernels.python_ops.models.layouts import ExpertsModule, find_experts
 from resmoe_kernels.python_ops.models.routers import change_choice
 from resmoe_kernels.python_ops.models.routing import RouterChange, Scoring
 from resmoe_kernels.python_ops.storage.model_files import refuse_adapter
+from resmoe_kernels.python_ops.storage.quantised import METHODS
 
 _BATCH_TOKENS = 4096
 
@@ -234,10 +235,10 @@ def build_on_meta(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module:
     import transformers
 
     refuse_adapter(checkpoint.folder)
-    quantised = checkpoint.config.get("quantization_config")
-    if quantised is not None:
-        kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        hint = "it is compressed already" if kind == "resmoe" else "start from an unquantised checkpoint"
+    kind = checkpoint.quantised
+    if kind is not None and kind not in METHODS:
+        known = " or ".join(METHODS)
+        hint = "it is compressed already" if kind == "resmoe" else f"start from an unquantised checkpoint, or {known}"
         raise ValueError(f"{checkpoint.folder}: holds {kind}-quantised weights; {hint}")
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from resmoe_kernels.python_ops.storage.digests import Digest, file_digest
@@ -23,7 +24,8 @@ def part_name(target: Path) -> Path:
 
 
 def write_subset(shard: Shard, names: Iterable[str], target: Path) -> str:
-    """Copies some tensors of a shard to a new safetensors file, bytes untouched, a few MiB at a time.
+    """Copies some tensors of a shard to a new safetensors file: bytes untouched, a few MiB at a time, or, of what the
+    shard does not store as it is, one tensor at a time.
 
     Returns the digest of the new file.
     """
@@ -41,6 +43,12 @@ def write_subset(shard: Shard, names: Iterable[str], target: Path) -> str:
     with shard.path.open("rb") as source, part.open("wb") as out:
         out.write(head)
         for name in chosen:
+            if not shard.is_stored(name):
+                for _, tensor in shard.tensors([name]):
+                    data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+                    out.write(data)
+                    digest.update(data)
+                continue
             start, stop = shard.header[name]["data_offsets"]
             source.seek(shard.data_start + start)
             _copy(source, out, stop - start, digest)

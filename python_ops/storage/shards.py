@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,16 @@ class Shard:
     header: dict[str, dict[str, Any]]  # name -> {"dtype", "shape", "data_offsets"}, in file order
     metadata: dict[str, str]
     data_start: int
+
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors of these names, from disk, one at a time."""
+        with safe_open(self.path, framework="pt") as file:
+            for name in names:
+                yield name, file.get_tensor(name)
+
+    def is_stored(self, name: str) -> bool:
+        """Whether the bytes that the header places in the file are this tensor's; always so, but see dense_view."""
+        return True
 
 
 def read_shard(path: Path) -> Shard:
