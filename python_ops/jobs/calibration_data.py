@@ -66,7 +66,7 @@ def calibration_data(
     cannot be read or is too short, and for statistics of another model.
     """
     given = [n for n, v in (("calibration", calibration), ("calibration_tokens", tokens), ("moments", moments)) if v]
-    if not method.needs_statistics:
+    if not method.needs_statistics and not (method.fits and calibration is not None):
         if given:
             raise ValueError(f"{given[0]}: {method.name} uses no calibration with these settings; leave it out")
         return CalibrationData({})

@@ -36,7 +36,7 @@ def swap_experts(
     none, a setting is wrong, the model is quantised, a weight is NaN or Inf.
     """
     chosen_method = method_named(method, settings)
-    if chosen_method.needs_statistics != (statistics is not None):
+    if chosen_method.needs_statistics != (statistics is not None) and not (chosen_method.fits and statistics):
         needs = "needs statistics, see calibrate" if statistics is None else "uses no statistics; leave them out"
         raise ValueError(f"statistics: {method} with these settings {needs}")
     before = getattr(getattr(model, "config", None), "quantization_config", None)

@@ -121,11 +121,17 @@ class Method:
         return self._plan(model, chosen, **given, **self.settings)
 
     def measure(
-        self, experts: DenseExperts, *, plan: dict[str, Any], progress: Callable[[str], None] | None = None, **_: Any
+        self,
+        experts: DenseExperts,
+        *,
+        plan: dict[str, Any],
+        statistics: LayerStatistics | None = None,
+        progress: Callable[[str], None] | None = None,
     ) -> dict[str, Tensor]:
-        """What a plan over all layers asks of one, in small tensors. progress: as below."""
+        """What a plan over all layers asks of one, in small tensors. statistics, progress: as below."""
         assert self._measure is not None
-        return self._measure(experts, progress=progress, **self.settings)
+        given = {"statistics": statistics} if self.fits else {}
+        return self._measure(experts, progress=progress, **given, **self.settings)
 
     def __call__(
         self,

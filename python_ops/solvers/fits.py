@@ -116,10 +116,13 @@ def fit_low_rank(
     return Fitted(torch.stack(made), stored_base, _joined(us), _joined(vs), tuple(ranks))
 
 
-def fit_full(matrix: Matrix, values: Payload, *, base: Payload | torch.dtype | None, refits: int = 1) -> Fitted:
+def fit_full(
+    matrix: Matrix, values: Payload, *, base: Payload | torch.dtype | None, refits: int = 1, unbias: bool = True
+) -> Fitted:
     """W_e ~ B + R_e with codes R_e found by error feedback, their rows made unbiased.
 
     base: how it is stored, None for none: then R_e is the expert;  refits: of the base to what the codes hold
+    unbias: the error above is less without, KL with
     """
     weights = matrix.weights.float()
     factors = feedback_factors(matrix.moments)
@@ -131,7 +134,9 @@ def fit_full(matrix: Matrix, values: Payload, *, base: Payload | torch.dtype | N
             wanted = base_under(weights - residual, matrix.moments, matrix.mass) if round_ else weights.mean(0)
             center, stored_base = stored_under(wanted, matrix.pooled(), base)
         target = weights - center
-        coded = unbiased(feedback_codes(target, factors, values), values, target, matrix.moments)
+        coded = feedback_codes(target, factors, values)
+        if unbias:
+            coded = unbiased(coded, values, target, matrix.moments)
         residual = decoded(coded, values)
     return Fitted(center + residual, stored_base, values=_packed(coded, values))
 

@@ -33,15 +33,21 @@ def shrunk_moments(sums: Tensor, mass: Tensor, tokens: Tensor, *, ridge: float, 
     diagonal = sums.diagonal(dim1=1, dim2=2)
     if bool((diagonal < 0).any()) or total <= 0 or not bool((diagonal > 0).any()):
         raise ValueError("moments: need a token and a diagonal without negatives, not all zero; calibrate on more text")
-    pooled = sums.sum(0) / total
-    n = tokens.to(sums)
-    if bool((n + hits == 0).any()):
-        raise ValueError(f"hits: must be above 0 where experts saw no token, got {hits}")
-    own = (n / mass.to(sums).clamp_min(torch.finfo(sums.dtype).tiny)).view(-1, 1, 1) * sums
-    moments = (own + hits * pooled) / (n + hits).view(-1, 1, 1)
+    moments = drawn_to_layer(sums, mass, tokens, hits)
     moments = (moments + moments.transpose(1, 2)) / 2
     moments.diagonal(dim1=1, dim2=2).add_(ridge * moments.diagonal(dim1=1, dim2=2).mean(1, keepdim=True))
     return moments
+
+
+def drawn_to_layer(sums: Tensor, mass: Tensor, tokens: Tensor, hits: float = HITS) -> Tensor:
+    """(n_e S_e / m_e + hits P) / (n_e + hits) of any sums (E, ...) over experts' tokens, see shrunk_moments."""
+    n = tokens.to(sums)
+    if bool((n + hits == 0).any()):
+        raise ValueError(f"hits: must be above 0 where experts saw no token, got {hits}")
+    of_expert = (-1, *[1] * (sums.dim() - 1))
+    own = (n / mass.to(sums).clamp_min(torch.finfo(sums.dtype).tiny)).view(of_expert) * sums
+    pooled = sums.sum(0) / mass.to(sums).sum()
+    return (own + hits * pooled) / (n + hits).view(of_expert)
 
 
 def lower_roots(moments: Tensor) -> Tensor:

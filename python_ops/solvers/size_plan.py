@@ -1,0 +1,126 @@
+"""Forms of layers under one budget of bytes: of measured candidates those with the least error for the bytes spent.
+
+    minimise  sum over layers of error(form)   subject to   sum of bytes(form) <= budget
+
+by one Lagrangian: every layer by itself takes the form with the least error + price * bytes, and the price is the
+lowest at which all together fit. That is the best there is at the bytes it spends; what is left buys ranks in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resmoe_kernels.python_ops.solvers.factorize import RANK_BLOCK
+
+_HALVINGS = 80  # of the interval of prices, taken as logarithms
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One way to store one matrix of all experts of a layer.
+
+    form: what it is, plain values;  error, bytes: of it at rank 16 for every expert, or without ranks
+    gains: (E, n) float64, by how much 16 ranks more lower an expert's error, falling; (E, 0) without ranks
+    price: bytes of 16 ranks of an expert
+    """
+
+    form: dict[str, object]
+    error: float
+    bytes: int
+    gains: Tensor
+    price: int = 0
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A candidate, and the rank of each expert where it has ranks."""
+
+    form: dict[str, object]
+    ranks: tuple[int, ...]
+    error: float
+    bytes: int
+
+
+# a layer: ways to store it, each a candidate for each of its matrices, from which one is taken per matrix
+Ways = Sequence[dict[str, Sequence[Candidate]]]
+
+
+def plan_sizes(layers: Sequence[Ways], budget: int) -> list[dict[str, Chosen]]:
+    """For each layer and matrix what is chosen.
+
+    layers: of each the ways to store it (with a base, without), and in each, by matrix, the candidates
+    budget: bytes of all together
+    Raises ValueError naming the least bytes where no choice fits.
+    """
+    least = sum(min(sum(min(c.bytes for c in cs) for cs in way.values()) for way in ways) for ways in layers)
+    if least > budget:
+        raise ValueError(f"size: the least that these layers can be stored in is {least:,} bytes, got {budget:,}")
+    low, high = -60.0, 60.0  # log2 of the price: at the higher end everything is at its least
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        spent = sum(c.bytes for layer in _at(layers, 2.0**middle) for c, _ in layer.values())
+        low, high = (low, middle) if spent <= budget else (middle, high)
+    return _filled(_at(layers, 2.0**high), budget)
+
+
+_Taken = dict[str, tuple[Chosen, Candidate]]
+
+
+def _at(layers: Sequence[Ways], price: float) -> list[_Taken]:
+    """What every layer takes at a price of a byte."""
+
+    def cost(chosen: Chosen) -> tuple[float, int]:
+        return chosen.error + price * chosen.bytes, chosen.bytes
+
+    best = []
+    for ways in layers:
+        taken = [
+            {m: min(((_bought(c, price), c) for c in cs), key=lambda pair: cost(pair[0])) for m, cs in way.items()}
+            for way in ways
+        ]
+        best.append(min(taken, key=lambda way: sum(cost(chosen)[0] for chosen, _ in way.values())))
+    return best
+
+
+def _bought(candidate: Candidate, price: float) -> Chosen:
+    blocks = (candidate.gains > price * candidate.price).sum(1) if candidate.price else candidate.gains.sum(1)
+    return _with_blocks(candidate, blocks.long())
+
+
+def _with_blocks(candidate: Candidate, blocks: Tensor) -> Chosen:
+    if not candidate.price:
+        return Chosen(candidate.form, (), candidate.error, candidate.bytes)
+    upto = torch.nn.functional.pad(candidate.gains.cumsum(1), (1, 0))
+    gained = float(upto.gather(1, blocks.unsqueeze(1)).sum())
+    ranks = tuple(RANK_BLOCK * (1 + n) for n in blocks.tolist())
+    size = candidate.bytes + candidate.price * int(blocks.sum())
+    return Chosen(candidate.form, ranks, candidate.error - gained, size)
+
+
+def _filled(taken: list[_Taken], budget: int) -> list[dict[str, Chosen]]:
+    """More ranks for what was chosen, the most gain for a byte first, while they fit."""
+    left = budget - sum(chosen.bytes for layer in taken for chosen, _ in layer.values())
+    blocks = {
+        (i, m): torch.tensor([r // RANK_BLOCK - 1 for r in chosen.ranks])
+        for i, layer in enumerate(taken)
+        for m, (chosen, candidate) in layer.items()
+        if candidate.price
+    }
+    offers = []
+    for (i, m), own in blocks.items():
+        candidate = taken[i][m][1]
+        for e, row in enumerate(candidate.gains.tolist()):
+            offers += [(gain / candidate.price, i, m, e, n) for n, gain in enumerate(row) if n >= own[e]]
+    for _, i, m, e, n in sorted(offers, key=lambda offer: (-offer[0], offer[1:])):
+        price = taken[i][m][1].price
+        if price <= left and n == blocks[i, m][e]:
+            blocks[i, m][e] += 1
+            left -= price
+    return [
+        {m: _with_blocks(c, blocks[i, m]) if c.price else chosen for m, (chosen, c) in layer.items()}
+        for i, layer in enumerate(taken)
+    ]
