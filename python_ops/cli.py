@@ -36,18 +36,25 @@ def compress_command(
     context: typer.Context,
     model: Annotated[Path, typer.Argument(help="Folder of the dense checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    method: Annotated[str, typer.Option(help="resmoe, mc-smoe, moe-i2, xmoe, or xmoe+ one of the others")] = "resmoe",
+    method: Annotated[
+        str | None, typer.Option(help="resmoe, mc-smoe, moe-i2, xmoe, quantise, xmoe+ another; with --size fit")
+    ] = None,
     layers: Annotated[str, typer.Option(help="all, first:N, last:N, or numbers like 0,3,5-7")] = "all",
     calibration: Annotated[Path | None, typer.Option(help="Text, or statistics collected before.")] = None,
     calibration_tokens: Annotated[int | None, typer.Option(help="Of the text; 65,536 if not given.")] = None,
-    moments: Annotated[str | None, typer.Option(help="Of calibration: diagonal (default) or full.")] = None,
+    moments: Annotated[str | None, typer.Option(help="Of calibration: diagonal, full, or experts, for fits.")] = None,
     workers: Annotated[int, typer.Option(help="Layers compressed at a time.")] = 1,
     engine: Annotated[str, typer.Option(help="processes of this machine, or tasks of a ray cluster.")] = "processes",
     trust_remote_code: Remote = False,
 ) -> None:
-    """Compress the experts of MODEL into OUT. Interrupted, the same command goes on where it stopped."""
+    """Compress the experts of MODEL into OUT. Interrupted, the same command goes on where it stopped.
+
+    With --size 0.1 (a share of the dense experts), --size 6GiB or --bits-per-weight 1.5, and no method, the method is
+    fit, which chooses the form of every layer and matrix, with --calibration FILE for what the experts see there.
+    """
     from resmoe_kernels.python_ops.jobs.compress import compress
 
+    method = method or method_for(context.args)
     compress(
         model,
         out,
@@ -81,7 +88,9 @@ def requantise_command(
 
 
 @app.command("settings")
-def settings_command(method: Annotated[str, typer.Argument(help="resmoe, mc-smoe, moe-i2, xmoe, quantise")]) -> None:
+def settings_command(
+    method: Annotated[str, typer.Argument(help="resmoe, mc-smoe, moe-i2, xmoe, quantise, fit")],
+) -> None:
     """List the settings of a method: their types and defaults."""
     from resmoe_kernels.python_ops.methods.named import setting_defaults, setting_types
 
@@ -90,6 +99,12 @@ def settings_command(method: Annotated[str, typer.Argument(help="resmoe, mc-smoe
         words = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
         table.add_row(_flag(name), words, str(default).lower() if default is None else str(default))
     _print(table)
+
+
+def method_for(words: list[str]) -> str:
+    """The method where none is named: the one that a size asks for, or resmoe."""
+    by_size = {_flag(name) for name in ("size", "bits_per_weight")}
+    return "fit" if by_size & {word.partition("=")[0] for word in words} else "resmoe"
 
 
 def _flag(name: str) -> str:

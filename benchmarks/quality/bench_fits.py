@@ -63,7 +63,7 @@ class Judge:
 
 
 class Bench:
-    def __init__(self, folder: Path, text: Path, other: Path) -> None:
+    def __init__(self, folder: Path, text: Path, other: Path, file: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self.name = folder.resolve().name
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -75,7 +75,10 @@ class Bench:
         self.experts = [self.dense.read(i) for i in range(len(self.dense.experts))]
         self.kept = [{m: getattr(e, m).clone() for m in MATRICES} for e in self.experts]
         self.weights = sum(t.numel() for kept in self.kept for t in kept.values())
-        self.rows: list[dict[str, Any]] = []
+        self.known: dict[tuple[float, int], dict[str, Tensor]] = {}
+        self.file = file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)
 
     def row(self, form: str, data: str, weights: list[dict[str, Tensor]], nbytes: int, began: float, **more) -> None:
         self._put(weights)
@@ -84,21 +87,29 @@ class Bench:
         bits = 8 * nbytes / self.weights
         described = {"model": self.name, "form": form, "data": data, **more}
         sizes = {"bits_per_weight": f"{bits:.3f}", "bytes": f"{bits / 16:.4f}"}
-        self.rows.append(
-            {
-                **described,
-                **sizes,
-                **{n: f"{v:.5g}" for n, v in judged.items()},
-                "seconds": f"{time.time() - began:.0f}",
-            }
-        )
-        tqdm.write(str(self.rows[-1]))
+        metrics = {name: f"{value:.5g}" for name, value in judged.items()}
+        row = {**described, **sizes, **metrics, "seconds": f"{time.time() - began:.0f}"}
+        tqdm.write(str(row))
+        new = not self.file.exists()
+        with self.file.open("a", newline="") as file:  # row by row: each takes a while
+            writer = csv.DictWriter(file, row)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
 
     def _put(self, weights: list[dict[str, Tensor]]) -> None:
         for i, of_layer in enumerate(weights):
             module = self.dense.experts[i].module
             module.gate_up_proj.data.copy_(of_layer["gate_up"])  # type: ignore[union-attr, operator]
             module.down_proj.data.copy_(of_layer["down"])  # type: ignore[union-attr, operator]
+
+    def _measured(self, method: Any, i: int) -> dict[str, Tensor]:
+        """What a size is planned by does not depend on it: measured once for each ridge."""
+        key = (method.settings["ridge"], i)
+        if key not in self.known:
+            of_layer = self.statistics.layers[self.dense.experts[i].path]
+            self.known[key] = method.measure(self.experts[i], plan={}, statistics=of_layer)
+        return self.known[key]
 
     def made(
         self, statistics: Statistics | None, plans: list[dict[str, Any]] | None = None, **settings: Any
@@ -107,7 +118,8 @@ class Bench:
         method = method_named("fit", settings)
         numbers = list(range(len(self.experts)))
         if plans is None:
-            plans = method.plan(self.dense, numbers, statistics, False)
+            measured = [self._measured(method, i) for i in numbers]
+            plans = method.plan(self.dense, numbers, statistics, False, lambda _: measured)
         weights, nbytes = [], 0
         for i, plan in zip(numbers, plans, strict=True):
             of_layer = None if statistics is None else statistics.layers[self.dense.experts[i].path]
@@ -118,18 +130,21 @@ class Bench:
         return weights, nbytes, plans
 
     def sizes(self, sizes: list[float]) -> None:
+        planned = []
         for size in sizes:
             began = time.time()
-            weights, nbytes, plans = self.made(self.statistics, size=size)
+            weights, nbytes, plans = self.made(self.statistics, bits_per_weight=16 * size)
             self.row(f"fit {size:g}: {_forms(plans)}", "even windows", weights, nbytes, began)
+            planned.append((size, plans))
+        for size, plans in planned:
             began = time.time()
-            weights, nbytes, _ = self.made(None, plans, size=size)
+            weights, nbytes, _ = self.made(None, plans, bits_per_weight=16 * size)
             self.row(f"the same form of {size:g}", "none", weights, nbytes, began)
 
     def ridges(self, size: float, ridges: list[float]) -> None:
         for ridge in ridges:
             began = time.time()
-            weights, nbytes, _ = self.made(self.statistics, size=size, ridge=ridge)
+            weights, nbytes, _ = self.made(self.statistics, bits_per_weight=16 * size, ridge=ridge)
             self.row(f"fit {size:g}, ridge {ridge:g}", "even windows", weights, nbytes, began)
 
     def quantised(self, bits: int) -> None:
@@ -167,22 +182,17 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--other", type=Path, required=True, help="text of another domain")
-    parser.add_argument("--sizes", type=float, nargs="*", default=[0.065, 0.1, 0.165])
+    parser.add_argument("--sizes", type=float, nargs="*", default=[0.065, 0.1, 0.165], help="shares of bfloat16 bytes")
     parser.add_argument("--bits", type=int, nargs="*", default=[2, 3, 4])
     parser.add_argument("--ridges", type=float, nargs="*", default=[])
     parser.add_argument("--csv", type=Path, required=True)
     arguments = parser.parse_args()
-    bench = Bench(arguments.model, arguments.text, arguments.other)
+    bench = Bench(arguments.model, arguments.text, arguments.other, arguments.csv)
     bench.sizes(arguments.sizes)
     if arguments.sizes:
         bench.ridges(arguments.sizes[0], arguments.ridges)
     for bits in arguments.bits:
         bench.quantised(bits)
-    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, bench.rows[0])
-        writer.writeheader()
-        writer.writerows(bench.rows)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def calibration_data(
         loaded = Statistics.load(calibration)
         if loaded.origin["model"] != fingerprint:
             raise ValueError(f"{calibration}: was collected from another model than {model}; calibrate again")
-        if method.fits and loaded.origin["moments"] != "experts":
+        if method.fits and loaded.origin["moments"] != "experts" and not method.needs_statistics:
             raise ValueError(
                 f"{calibration}: holds {loaded.origin['moments']} moments, {method.name} fits under those of "
                 "'experts'; calibrate again with moments='experts'"
@@ -88,7 +88,7 @@ def calibration_data(
 
     moments = moments or ("experts" if method.fits else MOMENTS[0])
     check_moments(moments)
-    if method.fits and moments != "experts":
+    if method.fits and moments != "experts" and not method.needs_statistics:
         raise ValueError(f"moments: {method.name} fits under those of 'experts', got {moments!r}; leave it out")
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from resmoe_kernels.factored import CODED, MATRICES, DenseExperts, FactoredExperts
-from resmoe_kernels.parts import SCALES, payloads_text
+from resmoe_kernels.factored import MATRICES, DenseExperts
 from resmoe_kernels.payload import Payload, decode
+from resmoe_kernels.python_ops.methods.fitting import RIDGE, assembled, in_neuron_order, problem_of
 from resmoe_kernels.python_ops.methods.method import Compressed, warn_if_not_smaller, weight_errors
-from resmoe_kernels.python_ops.solvers.align import Progress, barycenter, in_order, squared_norm
-from resmoe_kernels.python_ops.solvers.factorize import RANK_BLOCK, block_energies
-from resmoe_kernels.python_ops.solvers.fits import ROUNDS, Fitted, Matrix, Stored, fit_full, fit_low_rank
-from resmoe_kernels.python_ops.solvers.moments import drawn_to_layer, lower_roots, shrunk_moments
+from resmoe_kernels.python_ops.solvers.align import Progress, barycenter, squared_norm
+from resmoe_kernels.python_ops.solvers.factorize import RANK_BLOCK
+from resmoe_kernels.python_ops.solvers.fits import ROUNDS, Fitted, Matrix, fit_full, fit_low_rank, rank_gains
+from resmoe_kernels.python_ops.solvers.rounding import Storage
 from resmoe_kernels.python_ops.solvers.size_plan import Candidate, plan_sizes
-from resmoe_kernels.python_ops.solvers.spectra import spectrum
 
 if TYPE_CHECKING:
-    from resmoe_kernels.python_ops.calibration.layer_moments import LayerMoments
     from resmoe_kernels.python_ops.calibration.statistics import LayerStatistics, Statistics
     from resmoe_kernels.python_ops.models.dense_model import DenseModel
 
 BASES = ("auto", "always", "never")
-RIDGE = 0.05
 MEASURING_RIDGE = 1.0  # forms are chosen for text of every kind: by moments further drawn to the identity
 GROUP = 128
 FACTORS = Payload(4, GROUP)
@@ -94,13 +93,13 @@ def fit(
     if plan is None:
         raise ValueError("plan: needed, because what a layer gets depends on the others; see plan, got None")
     moments = None if statistics is None else statistics.expert_moments()
-    aligned, moments = _in_order(experts, moments, plan["permutations"] if plan["base"] else None)
+    aligned, moments = in_neuron_order(experts, moments, plan["permutations"] if plan["base"] else None)
     fitted: dict[str, Fitted] = {}
     output_lost = output_whole = 0.0
     for matrix in MATRICES:
         if progress is not None:
             progress(f"fitting: {matrix}")
-        form, problem = plan[matrix], _matrix(aligned, moments, matrix, ridge)
+        form, problem = plan[matrix], problem_of(aligned, moments, matrix, ridge)
         own_base = _payload(form["base"])
         if form["values"] is None:
             fitted[matrix] = fit_low_rank(problem, form["ranks"], base=own_base, factors=FACTORS, rounds=rounds)
@@ -109,7 +108,7 @@ def fit(
         output_lost += problem.error(fitted[matrix].weights)
         if matrix == "down":
             output_whole = problem.error(torch.zeros_like(fitted[matrix].weights))
-    factored = _assembled(aligned, fitted)
+    factored = assembled(aligned, fitted)
     whole = {m: squared_norm(getattr(aligned, m).float()) for m in MATRICES}
     lost = {m: squared_norm(getattr(aligned, m).float() - fitted[m].weights) for m in MATRICES}
     report = Report(
@@ -152,6 +151,12 @@ def check_settings(
         raise ValueError(f"rounds: must be at least 0, got {rounds}")
 
 
+def check_storage(storage: Storage, **_: Any) -> None:
+    """Raises ValueError if bits are asked for: they follow from the size."""
+    if storage.codes:
+        raise ValueError("bits: fit chooses them for the size; leave bits, base_bits and residual_bits out")
+
+
 def _bytes_of(size: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", size.strip(), re.IGNORECASE)
     if found is None or float(found[1]) == 0:
@@ -187,11 +192,14 @@ def measure(
         made["permutations"] = barycenter(experts, progress=progress).permutations
     for way in _ways(base):
         permutations = made["permutations"] if way == "base" else None
-        aligned, own = _in_order(experts, moments, permutations)
+        aligned, own = in_neuron_order(experts, moments, permutations)
         for matrix in MATRICES:
             if progress is not None:
                 progress(f"measuring: {matrix}, {way}")
-            found = _measured(_matrix(aligned, own, matrix, ridge), way == "base")
+            problem = problem_of(aligned, own, matrix, ridge)
+            # Other text uses other experts: like moments, how much they count is drawn to the mean.
+            mass = (problem.mass + MEASURING_RIDGE * problem.mass.mean()) / (1 + MEASURING_RIDGE)
+            found = _measured(replace(problem, mass=mass), way == "base")
             made |= {f"{way}.{matrix}.{name}": tensor for name, tensor in found.items()}
     # Of the layer's output: what a layer adds to the stream is of another size in each.
     output = next(v for name, v in made.items() if name.endswith("down.whole"))
@@ -212,13 +220,7 @@ def _measured(problem: Matrix, with_base: bool) -> dict[str, Tensor]:
         kept = fit_low_rank(problem, ranks, base=LOW_RANK_BASE, factors=torch.float32, rounds=1).base
         assert kept is not None and kept.scales is not None and kept.payload is not None
         center = decode(kept.tensor, kept.scales, kept.payload, columns)
-    roots, energies = lower_roots(problem.moments), []
-    for e, share in enumerate(problem.mass.tolist()):
-        seen = (problem.weights[e].double() - center.double()) @ roots[e]
-        if problem.rows is not None:
-            seen *= problem.rows[e].double().unsqueeze(1)
-        energies.append(share * block_energies(spectrum(seen)))
-    gains = torch.stack(energies)
+    gains = rank_gains(problem, center)
     some = torch.linspace(0, count - 1, min(count, MEASURED_EXPERTS)).round().long()
     sample = Matrix(
         problem.weights[some],
@@ -246,13 +248,15 @@ def plan(
     *,
     measured: Sequence[dict[str, Tensor]] = (),
     statistics: Statistics | None = None,
+    progress: bool = False,
     size: float | str | None,
     bits_per_weight: float | None,
     base: str,
     **_: Any,
 ) -> list[dict[str, Any]]:
     """What every layer becomes: by matrix ``base`` and ``values``, texts of payloads or None, and ``ranks``; ``base``,
-    whether it has one, and then ``permutations`` of its neurons.
+    whether it has one, and then ``permutations`` of its neurons. Said on stderr where there is ``progress``, before the
+    layers are compressed; what was chosen stands in every layer's report in config.json too.
 
     Raises ValueError where the size is below what any form takes, which it names, or above that of the dense experts.
     """
@@ -267,14 +271,25 @@ def plan(
     layers = [
         [_candidates(shape, way, found) for way in _ways(base)] for shape, found in zip(shapes, measured, strict=True)
     ]
-    plans = []
+    plans: list[dict[str, Any]] = []
     indices = sum(4 * (2 * (s.num_experts + 1) + s.num_experts) for s in shapes)  # rank offsets and groups
     for found, taken in zip(measured, plan_sizes(layers, budget - indices), strict=True):
         with_base = taken["gate_up"].form["base"] is not None
-        forms = {m: {**c.form, "ranks": list(c.ranks), "error": c.error, "bytes": c.bytes} for m, c in taken.items()}
+        forms: dict[str, Any] = {
+            m: {**c.form, "ranks": list(c.ranks), "error": c.error, "bytes": c.bytes} for m, c in taken.items()
+        }
         own = {"permutations": found["permutations"]} if with_base else {}
         plans.append({**forms, "base": with_base, **own})
+    if progress:
+        for i, made in zip(chosen, plans, strict=True):
+            tqdm.write(f"{model.experts[i].path}: {_summary(made)}", file=sys.stderr)
+        total = sum(made[m]["bytes"] for made in plans for m in MATRICES) + indices
+        tqdm.write(f"{total:,} bytes, {total / dense:.4f} of the dense experts'", file=sys.stderr)
     return plans
+
+
+def _summary(plan: dict[str, Any]) -> str:
+    return "; ".join(f"{m} {_described(plan[m])}, {plan[m]['bytes']:,} bytes" for m in MATRICES)
 
 
 def _candidates(experts: DenseExperts, way: str, measured: dict[str, Tensor]) -> dict[str, Sequence[Candidate]]:
@@ -320,74 +335,3 @@ def _described(form: dict[str, Any]) -> str:
     else:
         parts.append(f"full {form['values']}")
     return " + ".join(parts)
-
-
-# ---- the layer
-
-
-def _in_order(
-    experts: DenseExperts, moments: LayerMoments | None, permutations: Tensor | None
-) -> tuple[DenseExperts, LayerMoments | None]:
-    """Experts and moments with their neurons in another order, the same for None."""
-    if permutations is None:
-        return experts, moments
-    pairs = [in_order(experts, e, permutations[e]) for e in range(experts.num_experts)]
-    gate_up, down = (torch.stack(m) for m in zip(*pairs, strict=True))
-    bias = experts.bias_gate_up
-    if bias is not None:
-        halves = bias.unflatten(1, (-1, experts.intermediate_size))
-        bias = halves.gather(2, permutations.unsqueeze(1).expand_as(halves)).flatten(1)
-    moved = DenseExperts(gate_up, down, bias, experts.bias_down, experts.gated)
-    return moved, None if moments is None else moments.permuted(permutations)
-
-
-def _matrix(experts: DenseExperts, moments: LayerMoments | None, matrix: str, ridge: float) -> Matrix:
-    """The problem of one matrix. Rows of gate_up count as their neurons do in the output:
-
-    D_i^2 = E[(dh_i / dz_i)^2] ||down_i||^2        of each expert, with the layer's for those with few tokens
-    """
-    weights = getattr(experts, matrix).float()
-    if moments is None:
-        identity = torch.eye(weights.shape[-1]).expand(len(weights), -1, -1)
-        return Matrix(weights, identity, torch.ones(len(weights)))
-    sums = moments.gate_up if matrix == "gate_up" else moments.down
-    mass = moments.mass.float()
-    shrunk = shrunk_moments(sums, mass, moments.tokens, ridge=ridge)
-    if matrix == "down":
-        return Matrix(weights, shrunk, mass)
-    slopes = drawn_to_layer(moments.slope, mass, moments.tokens)
-    columns = experts.down.float().square().sum(1).repeat(1, slopes.shape[1] // experts.intermediate_size)
-    rows = (slopes * columns).sqrt()
-    return Matrix(weights, shrunk, mass, rows.clamp_min(1e-3 * float(rows.mean()) or 1.0))
-
-
-def _assembled(experts: DenseExperts, fitted: dict[str, Fitted]) -> FactoredExperts:
-    tensors: dict[str, Tensor] = {}
-    payloads: dict[str, Payload] = {}
-
-    def store(name: str, stored: Stored | None, group: bool = False) -> None:
-        if stored is None:
-            return
-        tensors[name] = stored.tensor.unsqueeze(0) if group else stored.tensor
-        if stored.payload is not None and stored.scales is not None:
-            tensors[SCALES + name] = stored.scales.unsqueeze(0) if group else stored.scales
-            payloads[name] = stored.payload
-
-    for matrix, made in fitted.items():
-        store(f"base_{matrix}", made.base, group=True)
-        for stem in ("u", "v", "values"):
-            store(f"{stem}_{matrix}", getattr(made, stem))
-        if made.u is not None:
-            ends = torch.tensor([0, *made.ranks]).cumsum(0)
-            tensors[f"rank_offsets_{matrix}"] = ends.to(torch.int32)
-    if "base_gate_up" in tensors:
-        tensors["group"] = torch.zeros(experts.num_experts, dtype=torch.int32)
-    biases = {"bias_gate_up": experts.bias_gate_up, "bias_down": experts.bias_down}
-    return FactoredExperts.from_tensors(
-        tensors | {name: bias for name, bias in biases.items() if bias is not None},
-        num_experts=experts.num_experts,
-        hidden_size=experts.hidden_size,
-        intermediate_size=experts.intermediate_size,
-        gated=experts.gated,
-        payloads=payloads_text({name: payloads[name] for name in CODED if name in payloads}),
-    )

@@ -130,7 +130,8 @@ class Method:
     ) -> dict[str, Tensor]:
         """What a plan over all layers asks of one, in small tensors. statistics, progress: as below."""
         assert self._measure is not None
-        given = {"statistics": statistics} if self.fits else {}
+        taken = inspect.signature(self._measure).parameters
+        given = {"statistics": statistics} if "statistics" in taken else {}
         return self._measure(experts, progress=progress, **given, **self.settings)
 
     def __call__(
@@ -173,7 +174,7 @@ class Chain:
 
     @property
     def fits(self) -> bool:
-        return self.second.fits
+        return self.second.fits and self.first.settings["parts"] == 1  # of parts no moments are collected
 
     @property
     def recorded(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from resmoe_kernels.python_ops.methods.method import Chain, Method
 from resmoe_kernels.python_ops.solvers.rounding import Storage
 
 # name on the command line -> module here, with a function of that name
-METHODS = {"resmoe": "resmoe", "mc-smoe": "mc_smoe", "moe-i2": "moe_i2", "xmoe": "xmoe", "quantise": "quantise", "fit": "fit"}
+METHODS = {name: name.replace("-", "_") for name in ("resmoe", "mc-smoe", "moe-i2", "xmoe", "quantise", "fit")}
 STORAGE = {f.name: f for f in fields(Storage)}
 GIVEN = (
     "statistics",

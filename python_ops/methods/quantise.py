@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from resmoe_kernels.factored import MATRICES, DenseExperts, FactoredExperts
+from resmoe_kernels.python_ops.methods.fitting import RIDGE, assembled, problem_of
 from resmoe_kernels.python_ops.methods.method import Compressed, warn_if_not_smaller, weight_errors
 from resmoe_kernels.python_ops.solvers.align import Progress, squared_norm
+from resmoe_kernels.python_ops.solvers.fits import fit_full
 from resmoe_kernels.python_ops.solvers.rounding import FLOATS, Storage, full
+
+if TYPE_CHECKING:
+    from resmoe_kernels.python_ops.calibration.statistics import LayerStatistics
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,19 @@ class Report:
     bytes_now: int
 
 
-def quantise(experts: DenseExperts, *, storage: Storage = FLOATS, progress: Progress | None = None) -> Compressed:
+def quantise(
+    experts: DenseExperts,
+    *,
+    statistics: LayerStatistics | None = None,
+    storage: Storage = FLOATS,
+    progress: Progress | None = None,
+) -> Compressed:
     """Rounds every expert: W_e ~ the full residual (E, N, K) of a layer without a base.
 
+    statistics: the layer's. With them codes are found with error feedback under the moments of each expert's inputs,
+        and their rows made unbiased, see fit_full; without, scales are searched, see ``payload.encode``
     storage: bits of the residual, and columns to a scale;  progress: called with a short phrase after every expert
-    Raises ValueError where no bits are asked for. The scales are searched, see ``payload.encode``; the router stays.
+    Raises ValueError where no bits are asked for. The router stays.
     """
     check_storage(storage)
     payload = storage.payload("values_gate_up")
@@ -54,7 +67,15 @@ def quantise(experts: DenseExperts, *, storage: Storage = FLOATS, progress: Prog
         bias_gate_up=experts.bias_gate_up,
         bias_down=experts.bias_down,
     )
-    factored = full(plain, weight_of, payload)
+    if statistics is None:
+        factored = full(plain, weight_of, payload)
+    else:
+        moments, fitted = statistics.expert_moments(), {}
+        for matrix in MATRICES:
+            if progress is not None:
+                progress(f"rounding with feedback: {matrix}")
+            fitted[matrix] = fit_full(problem_of(experts, moments, matrix, RIDGE), payload, base=None)
+        factored = assembled(experts, fitted)
     lost, whole = dict.fromkeys(MATRICES, 0.0), dict.fromkeys(MATRICES, 0.0)
     for e in range(experts.num_experts):
         for matrix, weight in zip(MATRICES, (experts.gate_up[e].float(), experts.down[e].float()), strict=True):
@@ -67,6 +88,10 @@ def quantise(experts: DenseExperts, *, storage: Storage = FLOATS, progress: Prog
 
 def needs_statistics(**_: Any) -> bool:
     return False
+
+
+def fits(**_: Any) -> bool:
+    return True
 
 
 def check_settings() -> None:

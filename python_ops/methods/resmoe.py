@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from resmoe_kernels.factored import BLOCK_KEPT, FACTORIZATIONS, MATRICES, DenseExperts, FactoredExperts
+from resmoe_kernels.python_ops.methods.fitting import RIDGE, assembled, in_neuron_order, problem_of
 from resmoe_kernels.python_ops.methods.method import (
     Compressed,
     check_known,
@@ -30,12 +31,14 @@ from resmoe_kernels.python_ops.solvers.align import (
 )
 from resmoe_kernels.python_ops.solvers.budgets import BUDGETS, Curves, allot, weights_of_errors
 from resmoe_kernels.python_ops.solvers.factorize import RANK_BLOCK, low_rank, low_rank_at, low_rank_curves
+from resmoe_kernels.python_ops.solvers.fits import Fitted, fit_full, fit_low_rank, ranks_under
 from resmoe_kernels.python_ops.solvers.prune import bitmap, bitmap_at, bitmap_curves, block, block_curves, block_kept
 from resmoe_kernels.python_ops.solvers.rounding import FLOATS, Storage, full
 from resmoe_kernels.sparse import BLOCK
 
 if TYPE_CHECKING:
-    from resmoe_kernels.python_ops.calibration.statistics import Statistics
+    from resmoe_kernels.python_ops.calibration.layer_moments import LayerMoments
+    from resmoe_kernels.python_ops.calibration.statistics import LayerStatistics, Statistics
     from resmoe_kernels.python_ops.models.dense_model import DenseModel
 
 RESIDUALS = ("lowrank", "sparse", "full")
@@ -76,6 +79,7 @@ def resmoe(
     budget: str = "uniform",
     init: str = "progressive",
     solver: str = "assignment",
+    statistics: LayerStatistics | None = None,
     plan: dict[str, Any] | None = None,
     storage: Storage = FLOATS,
     progress: Progress | None = None,
@@ -101,6 +105,8 @@ def resmoe(
         a layer and meets any mean from 4 to 16 of 32; at means that ``uniform`` has too, perplexity was never better
         than with that, see benchmarks/results/budgets-*.csv
     init, solver: see barycenter
+    statistics: the layer's, for ``lowrank`` (stacked) and ``full``. Where they hold moments of experts, base and
+        residual are fitted under them, ranks too where the budget is uniform, see fit_low_rank and fit_full
     plan: this layer's of ``plan``; without one the budget is uniform, and only that can be
     storage: bits of the base and of the residual; what a plan measures is measured in floats
     progress: called with a short phrase after every step
@@ -117,6 +123,10 @@ def resmoe(
     dtype, count = experts.gate_up.dtype, experts.num_experts
     aligned = _planned(experts, plan) if plan else _align(experts, init, solver, progress)
     allotted = plan["allotted"] if plan else None
+
+    if statistics is not None and statistics.moments is not None:
+        fitted = _fitted(aligned, statistics.expert_moments(), residual, retain, allotted, storage, progress)
+        return _reported(aligned, fitted)
 
     def residual_of(e: int) -> tuple[Tensor, Tensor]:
         if progress is not None:
@@ -160,7 +170,11 @@ def resmoe(
 
     stacked = "stacked" if residual != "lowrank" else factorization
     factored = storage.layer(replace(shared, factorization=stacked, **tensors))  # type: ignore[arg-type]
+    return _reported(aligned, factored)
 
+
+def _reported(aligned: _Aligned, factored: FactoredExperts) -> Compressed:
+    experts, count = aligned.experts, aligned.experts.num_experts
     lost, whole = dict.fromkeys(MATRICES, 0.0), dict.fromkeys(MATRICES, 0.0)
     for e in range(count):
         for matrix, weight in zip(MATRICES, aligned.original(e), strict=True):
@@ -174,6 +188,35 @@ def resmoe(
     )
     warn_if_not_smaller("resmoe", report, "lower retain")
     return Compressed(factored, report)
+
+
+def _fitted(
+    aligned: _Aligned,
+    moments: LayerMoments,
+    residual: str,
+    retain: float,
+    allotted: dict[str, list[int]] | None,
+    storage: Storage,
+    progress: Progress | None,
+) -> FactoredExperts:
+    """The same form fitted under moments. allotted: ranks, by matrix, where a plan says them"""
+    dtype = aligned.experts.gate_up.dtype
+    experts, own = in_neuron_order(aligned.experts, moments, aligned.permutations)
+    problems = [problem_of(experts, own, m, RIDGE) for m in MATRICES]
+    base = storage.payload("base_gate_up") or dtype
+    if residual == "lowrank":
+        ranks = list(allotted.values()) if allotted else ranks_under(problems, aligned.base, retain)
+    made: dict[str, Fitted] = {}
+    for i, matrix in enumerate(MATRICES):
+        if progress is not None:
+            progress(f"fitting: {matrix}")
+        if residual == "lowrank":
+            made[matrix] = fit_low_rank(problems[i], ranks[i], base=base, factors=storage.payload("v_gate_up") or dtype)
+        else:
+            payload = storage.payload("values_gate_up")
+            assert payload is not None  # check_storage
+            made[matrix] = fit_full(problems[i], payload, base=base)
+    return assembled(experts, made)
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,6 +375,10 @@ def less_memory(*, solver: str, **_: Any) -> str | None:
 
 def needs_statistics(*, budget: str, **_: Any) -> bool:
     return budget == "usage"
+
+
+def fits(*, residual: str, factorization: str, **_: Any) -> bool:
+    return residual == "full" or (residual == "lowrank" and factorization == "stacked")
 
 
 def check_settings(

@@ -63,7 +63,7 @@ def low_rank(
             energies.setdefault(matrix, []).append(energy)
     prices = {matrix: _block_price(shapes[matrix]) for matrix in shapes}
     parameters = num_experts * sum(s.numel() for of_matrix in shapes.values() for s in of_matrix)
-    ranks = _bought_ranks(energies, prices, parameters, retain)
+    ranks = bought_ranks(energies, prices, parameters, retain)
     most = {matrix: offered_rank(shapes[matrix], retain, OFFERS[-1]) for matrix in shapes}
     for e in range(num_experts):
         # A matrix again only if all its blocks were bought: more on offer there cannot make others buy more.
@@ -72,7 +72,7 @@ def low_rank(
             again = _pieces(*residual(e), factorization, gated)
             for matrix in short:
                 factors[matrix][e], energies[matrix][e] = _decomposed(again[matrix], most[matrix], dtype)
-    ranks = _bought_ranks(energies, prices, parameters, retain)
+    ranks = bought_ranks(energies, prices, parameters, retain)
     kept = {
         matrix: [[(u[:rank], v[:rank]) for u, v in pairs] for pairs, rank in zip(experts, ranks[matrix], strict=True)]
         for matrix, experts in factors.items()
@@ -121,7 +121,7 @@ def low_rank_curves(
             energies.setdefault(matrix, []).append(energy)
             offered.setdefault(matrix, []).append(energy[: most // RANK_BLOCK])
             prices[matrix] = _block_price([p.shape for p in pieces])
-    ranks = _bought_ranks(offered, prices, parameters, retain)
+    ranks = bought_ranks(offered, prices, parameters, retain)
     return Curves(
         {m: torch.stack(rows) for m, rows in energies.items()},
         prices,
@@ -131,7 +131,7 @@ def low_rank_curves(
     )
 
 
-def _bought_ranks(
+def bought_ranks(
     energies: Mapping[str, Sequence[Tensor]], prices: Mapping[str, int], parameters: int, retain: float
 ) -> dict[str, list[int]]:
     """The ranks of every matrix's experts under one budget for the layer, see ``low_rank``.

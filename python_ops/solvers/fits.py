@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from resmoe_kernels.payload import Payload, decode, encode, pack_codes
+from resmoe_kernels.python_ops.solvers.factorize import RANK_BLOCK, block_energies, bought_ranks
 from resmoe_kernels.python_ops.solvers.feedback import (
     Coded,
     decoded,
@@ -25,6 +26,7 @@ from resmoe_kernels.python_ops.solvers.feedback import (
 from resmoe_kernels.python_ops.solvers.moment_base import base_under
 from resmoe_kernels.python_ops.solvers.moment_low_rank import low_rank_under, refitted_u
 from resmoe_kernels.python_ops.solvers.moments import lower_roots, moment_error
+from resmoe_kernels.python_ops.solvers.spectra import spectrum
 
 ROUNDS = 4  # of base and residual in turn; 8 took KL another 4 to 9 % down, for twice the time
 
@@ -166,3 +168,29 @@ def _packed(coded: Coded, payload: Payload) -> Stored:
 def _joined(parts: Sequence[Stored]) -> Stored:
     scales = None if parts[0].scales is None else torch.cat([p.scales for p in parts])  # type: ignore[misc]
     return Stored(torch.cat([p.tensor for p in parts]), scales, parts[0].payload)
+
+
+def ranks_under(problems: Sequence[Matrix], base: Sequence[Tensor], retain: float) -> list[list[int]]:
+    """Ranks of every expert's matrices that take ``retain`` of the parameters of all, bought as in low_rank, by what 16
+    more lower the error beside a base. base: (N, K) of each problem"""
+    energies, prices, parameters = {}, {}, 0
+    for i, (problem, center) in enumerate(zip(problems, base, strict=True)):
+        count, rows, columns = problem.weights.shape
+        energies[str(i)] = list(rank_gains(problem, center))
+        prices[str(i)] = RANK_BLOCK * (rows + columns)
+        parameters += count * rows * columns
+    return list(bought_ranks(energies, prices, parameters, retain).values())
+
+
+def rank_gains(problem: Matrix, center: Tensor) -> Tensor:
+    """By how much 16 ranks more lower each expert's error, W_e ~ center + low rank: (E, ceil(min(N, K) / 16)) float64.
+
+    center: (N, K). Their sum is the error at rank 0.
+    """
+    roots, energies = lower_roots(problem.moments), []
+    for e, share in enumerate(problem.mass.tolist()):
+        seen = (problem.weights[e].double() - center.double()) @ roots[e]
+        if problem.rows is not None:
+            seen *= problem.rows[e].double().unsqueeze(1)
+        energies.append(share * block_energies(spectrum(seen)))
+    return torch.stack(energies)

@@ -125,7 +125,7 @@ def test_statistics_of_other_layers_in_memory(dense, text):
     with pytest.raises(ValueError, match="statistics: mc-smoe with these settings needs statistics, see calibrate"):
         rk.swap_experts(model, **MERGE)
     with pytest.raises(ValueError, match="statistics: resmoe with these settings uses no statistics; leave them out"):
-        rk.swap_experts(model, statistics=statistics)
+        rk.swap_experts(model, statistics=statistics, residual="sparse")
 
 
 def test_calibration_arguments_that_do_not_fit(dense, calibrated, tmp_path):
@@ -147,7 +147,7 @@ def test_calibration_arguments_that_do_not_fit(dense, calibrated, tmp_path):
     with pytest.raises(ValueError, match="not a file of calibration statistics"):
         calibrated(tmp_path / "out", calibration=file, calibration_tokens=None, **MERGE)
     with pytest.raises(ValueError, match="calibration: resmoe uses no calibration with these settings; leave it out"):
-        calibrated(tmp_path / "out")
+        calibrated(tmp_path / "out", residual="sparse")
     assert {p.name for p in tmp_path.iterdir()} == {"empty.txt", "s.safetensors"}
 
 

@@ -12,6 +12,7 @@ import resmoe_kernels as rk
 from resmoe_kernels.factored import MATRICES, DenseExperts, FactoredExperts
 from resmoe_kernels.python_ops.calibration.calibrate import collect
 from resmoe_kernels.python_ops.calibration.layer_moments import LayerMoments
+from resmoe_kernels.python_ops.cli import method_for
 from resmoe_kernels.python_ops.methods.named import method_named
 from resmoe_kernels.python_ops.models.dense_model import DenseModel
 from tests import families
@@ -97,6 +98,8 @@ def moments(layer: OneLayer) -> LayerMoments:
 
 
 class Stats:
+    moments = True
+
     def __init__(self, held: LayerMoments) -> None:
         self.held = held
 
@@ -140,6 +143,25 @@ def test_a_model_fitted_in_memory_runs(family):
     assert near < 0.05
 
 
+def test_a_checkpoint_of_a_size(tmp_path, repo, capsys):
+    dense = repo / "examples" / "tiny-mixtral"
+    text = repo / "examples" / "wikitext2-excerpt.txt"
+    how = {"method": "fit", "size": 0.08, "rounds": 1, "layers": "first:1", "calibration": text}
+    out = rk.compress(dense, tmp_path / "out", calibration_tokens=1024, **how)
+    (layer,) = json.loads((out / "config.json").read_text())["quantization_config"]["layers"].values()
+    report = layer["report"]
+    assert report["bytes_now"] <= 0.08 * report["bytes_dense"]
+    assert f"model.layers.0.mlp.experts: gate_up {report['form_gate_up']}" in capsys.readouterr().err
+    rk.compress(dense, tmp_path / "again", calibration_tokens=1024, workers=2, **how)
+    shard = "experts-00000.safetensors"
+    assert (tmp_path / "again" / shard).read_bytes() == (out / shard).read_bytes()
+
+
+def test_a_size_alone_asks_for_fit():
+    assert method_for(["--size", "0.1"]) == method_for(["--bits-per-weight=1.5"]) == "fit"
+    assert method_for(["--retain", "0.1"]) == method_for([]) == "resmoe"
+
+
 BAD = {
     "size: give it or bits_per_weight": {},
     "size: give it or bits_per_weight, one": {"size": 0.1, "bits_per_weight": 2.0},
@@ -148,6 +170,7 @@ BAD = {
     "bits_per_weight: must be in \\(0, 64\\], got 0": {"bits_per_weight": 0},
     "base: must be one of auto, always, never, got 'x'": {"size": 0.1, "base": "x"},
     "ridge: must be above 0 and finite, got 0": {"size": 0.1, "ridge": 0},
+    "bits: fit chooses them for the size; leave bits": {"size": 0.1, "bits": 4},
     "rounds: must be at least 0, got -1": {"size": 0.1, "rounds": -1},
 }
 
@@ -167,3 +190,44 @@ def test_sizes_that_cannot_be_met_are_named():
     _, in_bytes = layer.compressed(size="64.8KiB")
     _, in_bits = layer.compressed(bits_per_weight=2.4)
     assert 0.9 * 64.8 * 1024 < in_bits.report.bytes_now == in_bytes.report.bytes_now <= 64.8 * 1024
+
+
+def test_moments_of_other_experts_are_refused():
+    held = moments(OneLayer(0.0))
+    fewer = dataclasses.replace(held, **{f.name: getattr(held, f.name)[:4] for f in dataclasses.fields(held)})
+    with pytest.raises(ValueError, match=r"statistics: their moments are of \(experts, I, H\) = \(4, 128, 96\)"):
+        OneLayer(0.0).compressed(Stats(fewer), size=0.1)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("quantise", {"bits": 2}),
+        ("resmoe", {"residual": "full", "bits": 2}),
+        ("resmoe", {"residual": "lowrank", "retain": 0.2, "bits": 4}),
+        ("resmoe", {"residual": "lowrank", "retain": 0.2}),
+    ],
+)
+def test_other_methods_fit_their_forms_too(method, settings):
+    """With calibration: the same tensors in the same bytes, and less lost of what inputs are like."""
+    layer = OneLayer(1.0)
+    held = moments(layer)
+    seen = method_named(method, settings)(layer.dense, statistics=Stats(held))
+    blind = method_named(method, settings)(layer.dense)
+    assert seen.weights.tensors().keys() == blind.weights.tensors().keys()
+    assert seen.weights.payloads == blind.weights.payloads
+    assert seen.weights.nbytes() <= 1.02 * blind.weights.nbytes()
+
+    def lost(made):
+        """Of what all neurons of an expert make of its inputs: their order does not matter."""
+        total = 0.0
+        for e in range(6):
+            got, own = made.weights.materialize_matrix("gate_up", e), layer.dense.gate_up[e].float()
+            half = len(own) // 2
+            nearest = torch.cdist(own[:half], got[:half]).argmin(0)
+            order = torch.cat([nearest, nearest + half])
+            difference = got - own[order]
+            total += float(((difference @ held.gate_up[e]) * difference).sum())
+        return total
+
+    assert lost(seen) < 0.8 * lost(blind)

@@ -476,7 +476,7 @@ def test_calibration_that_is_missing_or_not_used(repo, tmp_path):
     with pytest.raises(ValueError, match=r"^calibration: resmoe needs a text to see how the experts are used; name a"):
         rk.compress(dense, tmp_path / "out", budget="usage", progress=False)
     with pytest.raises(ValueError, match=r"^calibration: resmoe uses no calibration with these settings; leave it out"):
-        rk.compress(dense, tmp_path / "out", budget="error", calibration="text.txt", progress=False)
+        rk.compress(dense, tmp_path / "out", budget="error", residual="sparse", calibration="text.txt", progress=False)
     with pytest.raises(ValueError, match=r"^statistics: resmoe with these settings needs statistics, see calibrate"):
         rk.swap_experts(families.build("mixtral"), budget="usage")
     assert not list(tmp_path.iterdir())

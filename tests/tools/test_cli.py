@@ -473,7 +473,10 @@ def test_compress_with_bad_settings(flags, words, run, dense, tmp_path):
         (["--rank", "3"], ["--rank: not a setting of resmoe; known are --residual, --retain"]),
         (["--retain"], ["--retain: needs a value"]),
         (["more"], ["compress: got the word 'more', expected --name value"]),
-        (["--calibration", "text.txt"], ["calibration: resmoe uses no calibration with these settings; leave it out"]),
+        (
+            ["--calibration", "text.txt", "--residual", "sparse"],
+            ["calibration: resmoe uses no calibration with these settings; leave it out"],
+        ),
         (["--method", "mc-smoe"], ["calibration: mc-smoe needs a text to see how the experts are used"]),
         (["--method", "resmoe+xmoe"], ["method: only xmoe can come before another method", "'resmoe+xmoe'"]),
     ],
