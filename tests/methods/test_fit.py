@@ -45,7 +45,7 @@ class OneLayer:
         return plan, method(self.dense, plan=plan, statistics=statistics)
 
 
-@pytest.mark.parametrize("size", [0.1, 0.2, 0.3])
+@pytest.mark.parametrize("size", [0.12, 0.2, 0.3])
 @pytest.mark.parametrize("shared", [0.0, 3.0])
 def test_what_is_planned_is_stored_within_the_size(size, shared):
     layer = OneLayer(shared)
