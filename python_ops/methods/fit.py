@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -196,10 +196,7 @@ def measure(
         for matrix in MATRICES:
             if progress is not None:
                 progress(f"measuring: {matrix}, {way}")
-            problem = problem_of(aligned, own, matrix, ridge)
-            # Other text uses other experts: like moments, how much they count is drawn to the mean.
-            mass = (problem.mass + MEASURING_RIDGE * problem.mass.mean()) / (1 + MEASURING_RIDGE)
-            found = _measured(replace(problem, mass=mass), way == "base")
+            found = _measured(problem_of(aligned, own, matrix, ridge), way == "base")
             made |= {f"{way}.{matrix}.{name}": tensor for name, tensor in found.items()}
     # Of the layer's output: what a layer adds to the stream is of another size in each.
     output = next(v for name, v in made.items() if name.endswith("down.whole"))
