@@ -302,3 +302,16 @@ def test_a_method_that_cannot_read_the_router_says_so_before_calibration(tmp_pat
     )
     with pytest.raises(ValueError, match="its router, a PhimoeTopKRouter, scores in a way that is not known"):
         rk.compress(tmp_path / "dense", tmp_path / "out", method="moe-i2", calibration=text, progress=False)
+
+
+def test_numbers_too_large_for_the_dtype_are_refused_by_layer():
+    """Fine in float32; in float16 an expert's output is infinite, and nothing may be decided on what follows."""
+    ids = torch.arange(40).view(2, 20) + 3
+    model = families.build("qwen3_moe")
+    with torch.no_grad():
+        experts = model.model.layers[0].mlp.experts
+        experts.gate_up_proj *= 300
+        experts.down_proj *= 300
+    collect(DenseModel(model), ids, progress=False)
+    with pytest.raises(ValueError, match=r"model\.layers\.0.*(is not finite|overflowed).*in bfloat16 or float32"):
+        collect(DenseModel(model.half()), ids, progress=False)

@@ -312,3 +312,25 @@ def test_an_adapter_of_a_factor_acts_or_is_refused(factored):
     assert adapter.delta.grad.abs().sum() > 0
     layer.differentiable = False  # unpacked only
     torch.testing.assert_close(layer(x, index, weight), after)
+
+
+def test_without_its_quantization_config_nothing_loads(copy):
+    """The name of its experts' implementation is one that nobody ever registers, this package included."""
+    config = json.loads((copy / "config.json").read_text())
+    del config["quantization_config"]
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match='experts_implementation="resmoe"'):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
+def test_what_save_pretrained_writes_is_held_against_digests_too(factored, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(factored)
+    model.save_pretrained(tmp_path / "again")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "again").save_pretrained(tmp_path / "again")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    file = tmp_path / "again" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"model\.safetensors: does not hold what was written to it"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "again")
