@@ -203,15 +203,19 @@ class Cost:
                 getattr(weights, f"{name}_{matrix}")
                 for name in ("base", "v", "rank_offsets", "mask", "values", "row_offsets")
             )
+            stored = {n: stored_bytes(weights, f"{n}_{matrix}") for n in ("base", "u", "v", "values")}
             if base is not None:
-                group_bytes += base[0].nbytes
+                group_bytes += stored["base"] // len(base)
             if base is not None and mask is None:
                 base_flops += 2 * N * K
             if v is not None:
                 ranks = offsets.diff().double()
-                expert_bytes += ranks * (N + K) * v.element_size()
+                expert_bytes += ranks * ((stored["u"] + stored["v"]) / max(len(v), 1))
                 pair_flops += ranks * 2 * (N + K)
                 index_bytes += offsets.nbytes
+            if weights.has_full(matrix):
+                pair_flops += 2 * N * K
+                expert_bytes += stored["values"] // E
             if mask is not None:
                 pair_flops += 2 * N * K
                 expert_bytes += mask[0].nbytes
@@ -232,6 +236,12 @@ class Cost:
         groups = self.group[index].sort(1).values
         distinct = (groups[:, :1] >= 0).sum() + ((groups[:, 1:] != groups[:, :-1]) & (groups[:, 1:] >= 0)).sum()
         return int(distinct) * self.base_flops + float(self.pair_flops[index].sum())
+
+
+def stored_bytes(weights: FactoredExperts, name: str) -> int:
+    """Of a tensor of floats, or of its codes and scales."""
+    tensors = weights.tensors()
+    return sum(tensors[n].nbytes for n in (name, f"scales_{name}") if n in tensors)
 
 
 def copies_beyond_cache(touched: float, cache: int) -> int:

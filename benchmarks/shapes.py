@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +11,26 @@ import torch
 from torch import Tensor
 
 from resmoe_kernels import DenseExperts, FactoredExperts
-from resmoe_kernels.factored import BLOCK_KEPT
+from resmoe_kernels.factored import BLOCK_KEPT, CODED
+from resmoe_kernels.parts import payloads_text
+from resmoe_kernels.payload import Payload
 from resmoe_kernels.sparse import BLOCK, pack_mask
 
 BUNDLED = Path(__file__).resolve().parent.parent / "examples" / "tiny-mixtral"
 FORMS = ("dense", "lowrank", "block", "bitmap")
+# Stored as codes: every part of a low rank at so many bits; a base and a full residual; experts without a base.
+CODE_FORMS = (
+    "lowrank@8",
+    "lowrank@4",
+    "lowrank@3",
+    "lowrank@2",
+    "base4+full3",
+    "base4+full2",
+    "full8",
+    "full4",
+    "full2",
+)
+CODE_GROUP = 128
 DTYPE = torch.bfloat16
 RANK_BLOCK = 16  # ranks are multiples of it, as a compressed checkpoint has them
 
@@ -99,8 +115,10 @@ def factored_layer(shape: Shape, form: str, retain: float, seed: int) -> Factore
         so ragged
     block: one base and the largest n of {4, 8, 12, 16} of every 32 weights with n <= 32 retain, at least 4
     bitmap: one base and each weight kept with probability ``retain``
-    Raises ValueError where a side of the shape is not a multiple of 32.
+    Raises ValueError where a side of the shape is not a multiple of 32. One of CODE_FORMS is ``coded_layer``.
     """
+    if form in CODE_FORMS:
+        return coded_layer(shape, form, retain, seed)
     E = shape.num_experts
     groups = E if form == "dense" else 1
     tensors = {"group": torch.arange(E, dtype=torch.int32) % groups}
@@ -132,6 +150,45 @@ def factored_layer(shape: Shape, form: str, retain: float, seed: int) -> Factore
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
         gated=shape.gated,
+        **tensors,
+    )
+
+
+def coded_layer(shape: Shape, form: str, retain: float, seed: int) -> FactoredExperts:
+    """A layer of random codes in one of CODE_FORMS; ``lowrank`` has the ranks of ``factored_layer``."""
+    low, base, full = re.fullmatch(r"(?:lowrank@(\d)|(?:base(\d)\+)?full(\d))", form).groups()  # type: ignore[union-attr]
+    E, tensors, payloads = shape.num_experts, {}, {}
+
+    def add(name: str, bits: str, *sizes: int, seed: int) -> None:
+        payload = payloads[name] = Payload(int(bits), 0 if name.startswith("u_") else CODE_GROUP)
+        codes = torch.empty(payload.codes_shape(sizes), dtype=torch.uint8).view(-1)
+        block = torch.randint(256, (min(codes.numel(), 1 << 22),), generator=torch.Generator().manual_seed(seed)).byte()
+        for piece in codes.split(len(block)):
+            piece.copy_(block[: len(piece)])
+        tensors[name] = codes.view(payload.codes_shape(sizes))
+        tensors[name][..., sizes[-1] * payload.bits // 8 :] = 0  # what fills a row up; sides are multiples of 32
+        # As wide as the values of factored_layer: the root mean square of 2^bits levels a step apart is 0.29 2^bits.
+        step = torch.full(payload.scales_shape(sizes), 0.02 / 0.29 / 2**payload.bits)
+        tensors[f"scales_{name}"] = step.to(torch.bfloat16)
+
+    for i, matrix in enumerate(("gate_up", "down")):
+        N, K = shape.sides(matrix)
+        seeds = range(8 * seed + 4 * i, 8 * seed + 4 * i + 4)
+        if low or base:
+            tensors["group"] = torch.zeros(E, dtype=torch.int32)
+            add(f"base_{matrix}", low or base, 1, N, K, seed=seeds[0])
+        if low:
+            offsets = tensors[f"rank_offsets_{matrix}"] = rank_offsets(E, N, K, retain)
+            add(f"u_{matrix}", low, int(offsets[-1]), N, seed=seeds[1])
+            add(f"v_{matrix}", low, int(offsets[-1]), K, seed=seeds[2])
+        else:
+            add(f"values_{matrix}", full, E, N, K, seed=seeds[1])
+    return FactoredExperts(
+        num_experts=E,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        gated=shape.gated,
+        payloads=payloads_text({name: payloads[name] for name in CODED if name in payloads}),
         **tensors,
     )
 

@@ -1,7 +1,7 @@
 """One expert layer: every compressed form beside the fastest dense layers there are, in the same run.
 
     python -m benchmarks.experts.bench_experts --shape olmoe mixtral --tokens 1 4 16 64 512 \\
-        --form dense lowrank block bitmap --retain 0.25 --backend cpu --peers auto --csv FILE --plot FILE
+        --form dense lowrank lowrank@4 base4+full2 --retain 0.25 --backend cpu --peers auto --csv FILE --plot FILE
     python -m benchmarks.experts.bench_experts --backend triton --csv FILE    # on a GPU; or cuda, up to 16 tokens
     python -m benchmarks.experts.bench_experts --model H100              # a projection; needs no GPU, measures nothing
 
@@ -46,7 +46,7 @@ from benchmarks.measure import (
     quantiles,
     rotation,
 )
-from benchmarks.shapes import CHECK, CHECK_UNGATED, FORMS, SHAPES, Shape, dense_layer, factored_layer
+from benchmarks.shapes import CHECK, CHECK_UNGATED, CODE_FORMS, FORMS, SHAPES, Shape, dense_layer, factored_layer
 from resmoe_kernels import FactoredExperts
 from resmoe_kernels.experts_cuda import declines_layer, limits
 from resmoe_kernels.python_ops.jobs.memory import available_bytes
@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
-    parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--form", nargs="+", choices=(*FORMS, *CODE_FORMS), default=list(FORMS))
     parser.add_argument("--retain", type=float, default=0.25)
     parser.add_argument("--backend", choices=("auto", "reference", "cpu", *ON_A_GPU), default="auto")
     parser.add_argument("--peers", choices=("auto", "none"), default="auto", help="auto: every one that runs here")
@@ -90,6 +90,8 @@ def main() -> None:
         parser.error(f"--retain must be in (0, 1], got {arguments.retain}")
     if min(arguments.tokens) < 1:
         parser.error(f"--tokens must be at least 1, got {min(arguments.tokens)}")
+    if arguments.model and (coded := [form for form in arguments.form if form in CODE_FORMS]):
+        parser.error(f"--model projects the kernels of GPUs, which serve no codes; leave out {coded[0]}")
     if arguments.model:
         shapes = [SHAPES[name] for name in arguments.shape]
         projection.show(console, arguments.model, shapes, arguments.form, arguments.tokens, arguments.retain)
@@ -341,7 +343,7 @@ def row_of(
         "form": m.form,
         "backend": m.backend,
         "isa": torch.ops.resmoe.cpu_isa() if m.backend == "cpu" else "" if m.is_peer else place.target,
-        "retain": 1.0 if m.form == "dense" else arguments.retain,
+        "retain": arguments.retain if m.form in FORMS[1:] or m.form.startswith("lowrank") else 1.0,
         "threads": machine.threads or "",
         "copies": m.copies,
         "rounds": len(times),

@@ -772,3 +772,12 @@ def test_a_gpu_is_measured(tmp_path):
         assert row["isa"].startswith(("sm_", "gfx")) == (row["backend"] == "triton")
     names = {row["implementation"] for row in rows}
     assert {"resmoe lowrank", "resmoe bitmap", "torch grouped_mm", "transformers eager"} <= names
+
+
+@pytest.mark.parametrize("form", shapes.CODE_FORMS)
+def test_a_call_that_hits_every_expert_of_a_form_of_codes_reads_what_is_stored(form):
+    """Sides of 256 and 192: the second is no multiple of a group, so that rows are filled up."""
+    weights = shapes.factored_layer(shapes.CHECK, form, 0.25, seed=1)
+    weights.check_values()
+    everything = torch.arange(shapes.CHECK.num_experts).unsqueeze(0)
+    assert measure.Cost.of(weights).bytes(everything) == pytest.approx(weights.nbytes(), rel=1e-9)
