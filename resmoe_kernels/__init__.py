@@ -15,10 +15,10 @@ _WHERE = {
     "FactoredExperts": "factored",
     "DenseExperts": "factored",
     "PackedExperts": "packed",
-    "experts": "ops",
-    "backend": "ops",
-    "backends": "ops",
-    "explain": "ops",
+    "experts": "dispatch",
+    "backend": "dispatch",
+    "backends": "dispatch",
+    "explain": "dispatch",
     "compress": "python_ops.jobs.compress",
     "swap_experts": "python_ops.jobs.swap",
     "evaluate": "python_ops.tools.evaluate",
@@ -27,8 +27,8 @@ _WHERE = {
 __all__ = ["__version__", *_WHERE]
 
 if TYPE_CHECKING:
+    from resmoe_kernels.dispatch import backend, backends, experts, explain  # noqa: F401
     from resmoe_kernels.factored import DenseExperts, FactoredExperts  # noqa: F401
-    from resmoe_kernels.ops import backend, backends, experts, explain  # noqa: F401
     from resmoe_kernels.packed import PackedExperts  # noqa: F401
     from resmoe_kernels.python_ops.calibration.calibrate import calibrate  # noqa: F401
     from resmoe_kernels.python_ops.jobs.compress import compress  # noqa: F401

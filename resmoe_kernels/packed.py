@@ -30,8 +30,8 @@ class PackedExperts:
         Raises ValueError if the kernels are not built or do not serve the layer, or, as ``check_values`` does, if the
         contents of its index tensors are wrong.
         """
-        if "cpu" not in ops.backends():
-            raise ValueError(f"PackedExperts: the cpu backend is not built; there are {', '.join(ops.backends())}")
+        if not ops.has_cpu_kernel("experts_packed"):
+            raise ValueError("PackedExperts: the cpu backend is not built; resmoe env says what is")
         device = next(iter(weights.tensors().values())).device
         if device.type != "cpu":
             raise ValueError(f"PackedExperts: weights must be on the CPU, got {device}")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from resmoe_kernels import experts_reference
+from resmoe_kernels.dispatch import backends, experts_flat, experts_packed, explain
 from resmoe_kernels.factored import PARTS, SIZE_NAMES, TENSOR_NAMES, FactoredExperts
-from resmoe_kernels.ops import backends, experts_flat, experts_packed, explain
 from resmoe_kernels.packed import PackedExperts, declines
 from resmoe_kernels.python_ops.models.routing import RouterChange, choose_parts, fold, keep_mass, map_slots
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 import resmoe_kernels
-from resmoe_kernels import ops
+from resmoe_kernels import dispatch, ops
 
 
 def environment() -> list[tuple[str, str]]:
     """Pairs of what and how it is here; a backend to a pair. Imports neither triton nor transformers."""
-    missing = ops._missing("cpu")
+    missing = dispatch.missing("cpu")
     compiled = missing is None
     return [
         ("resmoe_kernels", f"{resmoe_kernels.__version__} in {Path(resmoe_kernels.__file__).parent}"),
@@ -26,8 +26,8 @@ def environment() -> list[tuple[str, str]]:
         *_gpus(),
         ("backend reference", "there"),
         *(
-            (f"backend {name}", ops._missing(name) or "there")
-            for name in (b for device in ops._BACKENDS_OF.values() for b in device)
+            (f"backend {name}", dispatch.missing(name) or "there")
+            for name in (b for device in dispatch.BACKENDS_OF.values() for b in device)
         ),
     ]
 

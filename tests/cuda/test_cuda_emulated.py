@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from resmoe_kernels import ops
+from resmoe_kernels import dispatch, ops
 from resmoe_kernels.experts_cuda import declines, experts
 from resmoe_kernels.factored import DenseExperts, FactoredExperts
 from tests.accuracy import assert_accurate
@@ -84,7 +84,7 @@ def device(request: pytest.FixtureRequest) -> str:
     """Where the CUDA kernels run: emulated, on the CPU's tensors."""
     if request.param == "cpu":
         request.getfixturevalue("emulated")
-    elif (reason := ops._missing("cuda")) is not None:
+    elif (reason := dispatch.missing("cuda")) is not None:
         pytest.skip(reason)
     return request.param
 
@@ -367,7 +367,7 @@ def test_what_is_not_routed_is_not_read(device, make_layer, generator, op, token
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(device, make_layer, generator, op):
     layer = make_layer(**EACH_OP[op], dtype=BF16).to(device)
-    arguments = (*(t.to(device) for t in random_call(generator, layer, 5)), *ops._flatten(layer), "silu")
+    arguments = (*(t.to(device) for t in random_call(generator, layer, 5)), *ops.flatten(layer), "silu")
     torch.library.opcheck(getattr(torch.ops.resmoe, op).default, arguments)
 
 

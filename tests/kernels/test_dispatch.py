@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import resmoe_kernels
-from resmoe_kernels import experts_cuda, heuristics, ops
+from resmoe_kernels import dispatch, experts_cuda, heuristics
 from resmoe_kernels.factored import FactoredExperts
 from resmoe_kernels.heuristics import CUDA_UP_TO, Row, cuda_up_to
 
@@ -21,7 +21,7 @@ def gpu(monkeypatch) -> None:
     pytest.importorskip("triton")
     from resmoe_kernels.triton_kernels import launch as launch_triton
 
-    monkeypatch.setattr(ops, "_missing", lambda backend: None)
+    monkeypatch.setattr(dispatch, "missing", lambda backend: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(launch_triton, "_target", lambda device: "sm_90")
     monkeypatch.setattr(experts_cuda, "limits", lambda: (16, 256, 1024))
@@ -67,7 +67,7 @@ def test_explain_says_what_the_table_says(gpu, layer, monkeypatch):
     for name in ("triton", "cuda"):
         with resmoe_kernels.backend(name):
             assert explained(LOW_RANK) == f"{name} (sm_90)"
-    monkeypatch.setattr(ops, "_missing", lambda backend: "it is not built" if backend == "cuda" else None)
+    monkeypatch.setattr(dispatch, "missing", lambda backend: "it is not built" if backend == "cuda" else None)
     assert explained(LOW_RANK) == "triton (sm_90; no cuda: it is not built)"
 
 
@@ -79,7 +79,7 @@ def test_calls_go_where_the_table_says_unless_a_backend_is_asked_for(gpu, layer,
         with FakeTensorMode():
             x = torch.empty(tokens, 64, dtype=torch.bfloat16, device="cuda")
             index = torch.empty(tokens, 2, dtype=torch.int64, device="cuda")
-            return ops._takes_cuda(x, index, layers[form], "silu")
+            return dispatch._takes_cuda(x, index, layers[form], "silu")
 
     assert not takes_cuda(1)
     monkeypatch.setitem(CUDA_UP_TO, ("sm_90", "low-rank"), Row(8, "measured"))

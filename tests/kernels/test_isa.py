@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import resmoe_kernels as rk
-from resmoe_kernels.ops import explain
+from resmoe_kernels.dispatch import explain
 from resmoe_kernels.packed import PackedExperts
 
 pytestmark = pytest.mark.usefixtures("one_thread")

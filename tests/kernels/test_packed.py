@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import resmoe_kernels as rk
-from resmoe_kernels import ops
+from resmoe_kernels import dispatch, ops
 from resmoe_kernels.activations import register_gate
 from resmoe_kernels.factored import SIZE_NAMES, TENSOR_NAMES, FactoredExperts
 from resmoe_kernels.packed import PackedExperts, declines
@@ -40,7 +40,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 @pytest.fixture(autouse=True)
 def warn_anew():
-    ops._warn_once.cache_clear()
+    dispatch._warn_once.cache_clear()
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ def test_what_is_no_block_is_refused(make_layer, generator, damage, op):
     change, sentence = NO_BLOCK[damage]
     block = change(PackedExperts.pack(make_layer(**EVERYTHING)).block)
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
-        ops.unpack(block) if op == "unpack" else ops.experts_packed(*inputs(generator), block, 45, "silu")
+        ops.unpack(block) if op == "unpack" else dispatch.experts_packed(*inputs(generator), block, 45, "silu")
 
 
 # ---- what the kernels do not serve
@@ -268,7 +268,7 @@ def test_packing_needs_the_cpu_and_its_kernels(make_layer, monkeypatch):
     with pytest.raises(ValueError, match=r"^PackedExperts: weights must be on the CPU, got meta$"):
         PackedExperts.pack(make_layer(**EVERYTHING).to("meta"))
     monkeypatch.setattr(ops, "has_cpu_kernel", lambda op: False)
-    with pytest.raises(ValueError, match=r"^PackedExperts: the cpu backend is not built; there are reference$"):
+    with pytest.raises(ValueError, match=r"^PackedExperts: the cpu backend is not built; resmoe env says what is$"):
         PackedExperts.pack(make_layer(**EVERYTHING))
     assert not FactoredExpertsLayer(make_layer(**EVERYTHING), "silu").pack()
 
@@ -431,7 +431,7 @@ def test_wrong_arguments_are_refused(make_layer, generator, which, fake):
             with FakeTensorMode() as mode:
                 torch.ops.resmoe.experts_packed(*(mode.from_tensor(c) if isinstance(c, Tensor) else c for c in call))
         else:
-            ops.experts_packed(*call)
+            dispatch.experts_packed(*call)
 
 
 NO_CALL: dict[str, tuple[Callable[[list], object], str]] = {

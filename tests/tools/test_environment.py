@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 
 import resmoe_kernels
-from resmoe_kernels import ops
+from resmoe_kernels import dispatch
 from resmoe_kernels.python_ops.tools import environment
 from resmoe_kernels.python_ops.tools.environment import aligned
 
@@ -33,7 +33,7 @@ def test_versions_and_what_was_built():
 def test_every_backend_and_why_one_is_missing(monkeypatch):
     found = {name.removeprefix("backend "): how for name, how in rows().items() if name.startswith("backend ")}
     assert {name for name, how in found.items() if how == "there"} == set(resmoe_kernels.backends())
-    monkeypatch.setattr(ops, "_missing", lambda name: f"no {name} today")
+    monkeypatch.setattr(dispatch, "missing", lambda name: f"no {name} today")
     found = rows()
     assert found["backend cpu"] == "no cpu today" and found["backend reference"] == "there"
     assert found["built"] == "nothing: no cpu today" and found["CPU kernels in use"] == "none"

@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import resmoe_kernels
-from resmoe_kernels import ops
+from resmoe_kernels import dispatch, ops
 from resmoe_kernels.activations import register_gate
 from resmoe_kernels.factored import FactoredExperts
 from resmoe_kernels.packed import PackedExperts
@@ -42,7 +42,7 @@ def no_triton(monkeypatch) -> None:
 
 @pytest.fixture
 def as_if_there_was_a_gpu(monkeypatch) -> None:
-    monkeypatch.setattr(ops, "_missing", lambda backend: None)
+    monkeypatch.setattr(dispatch, "missing", lambda backend: None)
 
 
 # ---- it is not there
@@ -65,11 +65,11 @@ def test_no_triton(no_triton):
 
 def test_without_triton_a_gpu_runs_the_reference_and_says_so_once(no_triton, call, caplog):
     """The kernel registered for CUDA, called as the dispatcher would call it there."""
-    ops._warn_once.cache_clear()
+    dispatch._warn_once.cache_clear()
     layer = call.pop("weights")
     with caplog.at_level(logging.WARNING, "resmoe_kernels"):
         for _ in range(2):
-            output = ops._experts_on_gpu(*call.values(), *ops._flatten(layer), "silu")
+            output = dispatch._experts_on_gpu(*call.values(), *ops.flatten(layer), "silu")
     with resmoe_kernels.backend("reference"):
         assert torch.equal(output, resmoe_kernels.experts(**call, weights=layer))
     sentence = "resmoe_kernels: triton is not installed: pip install triton; layers on a GPU run on the slow reference"
@@ -129,11 +129,11 @@ def test_mixed_devices(call, name):
 @pytest.mark.interpreter
 def test_what_is_not_served_runs_on_the_reference_under_auto(call, caplog):
     """As on a GPU: the kernel that is registered there, without a backend forced."""
-    ops._warn_once.cache_clear()
+    dispatch._warn_once.cache_clear()
     layer = call.pop("weights")
     x = call["x"] = call["x"].double()
     with caplog.at_level(logging.WARNING, "resmoe_kernels"):
-        output = ops._experts_on_gpu(*call.values(), *ops._flatten(layer), "silu")
+        output = dispatch._experts_on_gpu(*call.values(), *ops.flatten(layer), "silu")
     with resmoe_kernels.backend("reference"):
         assert torch.equal(output, resmoe_kernels.experts(**call, weights=layer)) and output.dtype == x.dtype
     sentence = "resmoe_kernels: the triton kernels do not serve x of float64; such layers run on the slow reference"
