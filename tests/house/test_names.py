@@ -31,6 +31,7 @@ PUBLIC = {
 COMMANDS = {
     "compress": "model out --method --layers --calibration --calibration-tokens --moments --workers --engine"
     " --trust-remote-code",
+    "requantise": "model out --bits --base-bits --residual-bits --group",
     "settings": "method",
     "diagnose": "model --layers --budget --plot --json --trust-remote-code",
     "inspect": "out --json",
@@ -38,7 +39,9 @@ COMMANDS = {
     "generate": "out --prompt --max-new-tokens --trust-remote-code",
     "env": "",
 }
+STORAGE = " bits base_bits residual_bits group"
 SETTINGS = {
+    "quantise": "",
     "resmoe": "residual retain factorization sparse_layout budget init solver",
     "mc-smoe": "stage groups budget similarity align retain density sparse_layout",
     "moe-i2": "prune retain alpha allocation search population generations candidates block masked seed",
@@ -64,4 +67,4 @@ def test_commands_take_what_they_took(name):
 
 @pytest.mark.parametrize("method", SETTINGS)
 def test_methods_can_be_told_what_they_could(method):
-    assert set(SETTINGS[method].split()) <= set(setting_defaults(method))
+    assert set((SETTINGS[method] + STORAGE).split()) <= set(setting_defaults(method))

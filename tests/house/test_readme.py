@@ -69,7 +69,15 @@ def test_every_option_of_a_command_shown_exists(command):
 
 
 def test_the_commands_are_shown():
-    assert {command[1] for command in COMMANDS} == {"diagnose", "compress", "inspect", "eval", "generate", "settings"}
+    assert {command[1] for command in COMMANDS} == {
+        "diagnose",
+        "compress",
+        "requantise",
+        "inspect",
+        "eval",
+        "generate",
+        "settings",
+    }
 
 
 def test_the_make_targets_exist():
