@@ -54,9 +54,9 @@ inline __attribute__((always_inline)) void add_group(const Lanes::Floats (&sum)[
 }
 
 // `units` units of kTiles tiles with kRows rows, lines made in registers.
-template <class Step, int bits, int kRows, int kTiles, bool kAsk>
+template <class Step, int bits, int kRows, int kTiles>
 void code_block(CodeTiles<kTiles> at, int64_t units, int64_t group_units, const void* const* x,
-                float* const* out, int64_t column) {
+                float* const* out, int64_t column, bool asks) {
   using Codes = typename Step::template Codes<bits>;
   const void* row[kRows];
   for (int i = 0; i < kRows; ++i) row[i] = x[i];
@@ -71,7 +71,7 @@ void code_block(CodeTiles<kTiles> at, int64_t units, int64_t group_units, const 
         for (int j = 0; j < kTiles; ++j) sum[c][i][j] = Lanes::set(0.0f);
     const int64_t parts = Codes::kParts * least(group_units, units - begin);
     for (int64_t part = 0; part < parts; ++part) {
-      for (int j = 0; kAsk && j < kTiles; ++j)
+      for (int j = 0; asks && j < kTiles; ++j)
         for (int64_t b = 0; b < Codes::kBytes; b += 64) at.ask(j, at.units[j] + kCodePrefetchBytes + b);
       each<Codes::kLines>([&]<int line>() {
         typename Step::Line lines[kTiles];
@@ -94,12 +94,12 @@ void code_block(CodeTiles<kTiles> at, int64_t units, int64_t group_units, const 
   }
 }
 
-template <class Step, int bits, int kTiles, bool kAsk, int kRows = Step::kCodeRows>
+template <class Step, int bits, int kTiles, int kRows = Step::kCodeRows>
 inline void code_block_of_rows(int64_t rows, const CodeTiles<kTiles>& at, int64_t units, int64_t group_units,
-                               const void* const* x, float* const* out, int64_t column) {
-  if (rows == kRows) return code_block<Step, bits, kRows, kTiles, kAsk>(at, units, group_units, x, out, column);
+                               const void* const* x, float* const* out, int64_t column, bool asks) {
+  if (rows == kRows) return code_block<Step, bits, kRows, kTiles>(at, units, group_units, x, out, column, asks);
   if constexpr (kRows > 1)
-    code_block_of_rows<Step, bits, kTiles, kAsk, kRows - 1>(rows, at, units, group_units, x, out, column);
+    code_block_of_rows<Step, bits, kTiles, kRows - 1>(rows, at, units, group_units, x, out, column, asks);
 }
 
 // The lines of `units` units of kTiles tiles to scratch, kCodeUnits units for each tile.
@@ -179,10 +179,7 @@ void multiply_code_tiles(const Panel& panel, int64_t first, const void* const* x
   };
   if (m <= Step::template kCodeBlocks<bits> * Step::kCodeRows)
     return blocks_of(Step::kCodeRows, [&](int64_t b, int64_t rows, const void* const* x_of, float* const* out_of) {
-      if (b == 0)
-        code_block_of_rows<Step, bits, kTiles, true>(rows, at, units, group_units, x_of, out_of, column);
-      else
-        code_block_of_rows<Step, bits, kTiles, false>(rows, at, units, group_units, x_of, out_of, column);
+      code_block_of_rows<Step, bits, kTiles>(rows, at, units, group_units, x_of, out_of, column, b == 0);
     });
   for (int64_t begin = 0; begin < units; begin += kCodeUnits) {
     const int64_t width = least(units - begin, kCodeUnits);
