@@ -393,9 +393,9 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda f: edit_tensor(f, W1, lambda t: t.to(torch.float8_e4m3fn)),
         [f"error: {W1}: must be float16, bfloat16, float32 or float64, got float8_e4m3fn"],
     ),
-    "quantised to fp8": (
-        lambda f: edit_config(f, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}),
-        ["model: holds fp8-quantised weights; start from an unquantised checkpoint"],
+    "quantised to gptq": (
+        lambda f: edit_config(f, quantization_config={"quant_method": "gptq", "bits": 4}),
+        ["model: holds gptq-quantised weights; start from an unquantised checkpoint"],
     ),
     "without experts": (
         replaced_by(llama),
@@ -686,7 +686,10 @@ def test_inspect_a_dense_model(run, dense):
             lambda f: edit_config(f, hidden_size="many"),
             ["transformers cannot load this model", "hidden_size"],
         ),
-        (lambda f: edit_config(f, model_type="no_such"), ["transformers cannot load this model", "no_such"]),
+        (
+            lambda f: edit_config(f, model_type="no_such", architectures=["NoSuchForCausalLM"]),
+            ["transformers cannot load this model", "no_such"],
+        ),
         (lambda f: [p.unlink() for p in f.glob("tokenizer*")], ["transformers cannot load this model"]),
     ],
     ids=["another vocabulary", "a config of wrong types", "unknown model_type", "no tokenizer"],
