@@ -14,6 +14,7 @@ PRODUCTS = {ATEN.mm, ATEN.addmm, ATEN.bmm, ATEN.baddbmm, ATEN.mv, ATEN.dot}
 DECOMPOSITIONS = {
     ATEN.linalg_eigh, ATEN._linalg_eigh, ATEN._linalg_eigvals, ATEN._linalg_svd, ATEN.linalg_cholesky_ex,
     ATEN.linalg_solve_triangular, ATEN.linalg_qr, ATEN._linalg_solve_ex, ATEN.linalg_lstsq,
+    ATEN.cholesky_solve, ATEN.cholesky_inverse,
 }  # fmt: skip
 FUNCTIONS = {ATEN.silu, ATEN.gelu, ATEN.sigmoid, ATEN.exp, ATEN.log, ATEN.tanh, ATEN.erf, ATEN.pow}
 SUMS = {ATEN.sum, ATEN.mean, ATEN.linalg_vector_norm, ATEN.norm, ATEN.var, ATEN.std}

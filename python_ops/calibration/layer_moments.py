@@ -10,6 +10,7 @@ from torch import Tensor
 
 from resmoe_kernels.activations import activate
 from resmoe_kernels.factored import DenseExperts
+from resmoe_kernels.products import one_thread, product, symmetric, total
 from resmoe_kernels.python_ops.storage.sealed import read_sealed, write_sealed
 
 
@@ -83,16 +84,17 @@ class MomentSums:
         if not len(x):
             return
         into, w = self._sums, weight.float().unsqueeze(1)
-        z = x @ self.experts.gate_up[e].to(x.dtype).T
+        z = product(x, self.experts.gate_up[e].to(x.dtype).T)
         if self.experts.bias_gate_up is not None:
             z = z + self.experts.bias_gate_up[e].to(x.dtype)
         h, slope = activated(z.float(), self.activation, self.experts.gated)
         into.tokens[e] += len(x)
-        into.mass[e] += w.double().square().sum()
+        into.mass[e] += total(w.double() * w.double())
         for sums, values in ((into.gate_up, x.float()), (into.down, h)):
             weighted = values * w
-            sums[e].addmm_(weighted.T, weighted)
-        into.slope[e] += (slope * w).square().sum(0)
+            sums[e] += symmetric(weighted, weighted)
+        slope = slope * w
+        into.slope[e] += (slope * slope).sum(0)
 
     def result(self) -> LayerMoments:
         return LayerMoments(**{f.name: getattr(self._sums, f.name).cpu() for f in fields(LayerMoments)})
@@ -100,7 +102,7 @@ class MomentSums:
 
 def activated(z: Tensor, activation: str, gated: bool) -> tuple[Tensor, Tensor]:
     """h (n, I) and dh / dz (n, N) of z (n, N), N = 2 I where gated: of an activation that takes neurons one by one."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), one_thread():
         free = z.clone().requires_grad_()
         h = activate(free, activation, gated)
         (slope,) = torch.autograd.grad(h.sum(), free)

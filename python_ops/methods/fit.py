@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from resmoe_kernels.factored import MATRICES, DenseExperts
 from resmoe_kernels.payload import Payload, decode
+from resmoe_kernels.products import total
 from resmoe_kernels.python_ops.methods.fitting import RIDGE, assembled, in_neuron_order, problem_of
 from resmoe_kernels.python_ops.methods.method import Compressed, warn_if_not_smaller, weight_errors
 from resmoe_kernels.python_ops.solvers.align import Progress, barycenter, squared_norm
@@ -110,8 +111,11 @@ def fit(
         if matrix == "down":
             output_whole = problem.error(torch.zeros_like(fitted[matrix].weights))
     factored = assembled(aligned, fitted)
-    whole = {m: squared_norm(getattr(aligned, m).float()) for m in MATRICES}
-    lost = {m: squared_norm(getattr(aligned, m).float() - fitted[m].weights) for m in MATRICES}
+    whole = {m: sum(squared_norm(w.float()) for w in getattr(aligned, m)) for m in MATRICES}
+    lost = {
+        m: sum(squared_norm(w.float() - own) for w, own in zip(getattr(aligned, m), fitted[m].weights, strict=True))
+        for m in MATRICES
+    }
     report = Report(
         **weight_errors(lost, whole),
         output_error=(output_lost / output_whole) ** 0.5 if output_whole else 0.0,
@@ -180,6 +184,7 @@ def measure(
     progress: Progress | None = None,
     base: str,
     ridge: float,
+    rounds: int,
     **_: Any,
 ) -> dict[str, Tensor]:
     """What ``plan`` asks of a layer: by way and matrix the errors of its candidates, as shares of what its experts add.
@@ -197,7 +202,7 @@ def measure(
         for matrix in MATRICES:
             if progress is not None:
                 progress(f"measuring: {matrix}, {way}")
-            found = _measured(problem_of(aligned, own, matrix, ridge), way == "base")
+            found = _measured(problem_of(aligned, own, matrix, ridge), way == "base", rounds)
             made |= {f"{way}.{matrix}.{name}": tensor for name, tensor in found.items()}
     # Of the layer's output: what a layer adds to the stream is of another size in each.
     output = next(v for name, v in made.items() if name.endswith("down.whole"))
@@ -209,13 +214,13 @@ def _ways(base: str) -> list[str]:
     return {"auto": ["none", "base"], "always": ["base"], "never": ["none"]}[base]
 
 
-def _measured(problem: Matrix, with_base: bool) -> dict[str, Tensor]:
+def _measured(problem: Matrix, with_base: bool, rounds: int) -> dict[str, Tensor]:
     count, rows, columns = problem.weights.shape
     center = torch.zeros(rows, columns)
     if with_base:
         rank = int(_MEASURED_RANK * rows * columns / (rows + columns) / RANK_BLOCK + 1) * RANK_BLOCK
         ranks = [min(rank, min(rows, columns) // RANK_BLOCK * RANK_BLOCK)] * count
-        kept = fit_low_rank(problem, ranks, base=LOW_RANK_BASE, factors=torch.float32, rounds=1).base
+        kept = fit_low_rank(problem, ranks, base=LOW_RANK_BASE, factors=torch.float32, rounds=rounds).base
         assert kept is not None and kept.scales is not None and kept.payload is not None
         center = decode(kept.tensor, kept.scales, kept.payload, columns)
     gains = rank_gains(problem, center)
@@ -231,7 +236,11 @@ def _measured(problem: Matrix, with_base: bool) -> dict[str, Tensor]:
         sample.error(fit_full(sample, values, base=b, refits=0, unbias=False).weights) * share
         for values, b in _full(with_base)
     ]
-    return {"gains": gains, "whole": gains.sum(), "full": torch.tensor(full, dtype=torch.float64)}
+    return {
+        "gains": gains,
+        "whole": torch.tensor(total(gains), dtype=torch.float64),
+        "full": torch.tensor(full, dtype=torch.float64),
+    }
 
 
 def _full(with_base: bool) -> list[tuple[Payload, Payload | None]]:
@@ -281,8 +290,8 @@ def plan(
     if progress:
         for i, made in zip(chosen, plans, strict=True):
             tqdm.write(f"{model.experts[i].path}: {_summary(made)}", file=sys.stderr)
-        total = sum(made[m]["bytes"] for made in plans for m in MATRICES) + indices
-        tqdm.write(f"{total:,} bytes, {total / dense:.4f} of the dense experts'", file=sys.stderr)
+        spent = sum(made[m]["bytes"] for made in plans for m in MATRICES) + indices
+        tqdm.write(f"{spent:,} bytes, {spent / dense:.4f} of the dense experts'", file=sys.stderr)
     return plans
 
 

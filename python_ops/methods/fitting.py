@@ -10,6 +10,7 @@ from torch import Tensor
 from resmoe_kernels.factored import CODED, DenseExperts, FactoredExperts
 from resmoe_kernels.parts import SCALES, payloads_text
 from resmoe_kernels.payload import Payload
+from resmoe_kernels.products import total
 from resmoe_kernels.python_ops.solvers.align import in_order
 from resmoe_kernels.python_ops.solvers.fits import Fitted, Matrix, Stored
 from resmoe_kernels.python_ops.solvers.moments import drawn_to_layer, shrunk_moments
@@ -59,9 +60,10 @@ def problem_of(experts: DenseExperts, moments: LayerMoments | None, matrix: str,
     if matrix == "down":
         return Matrix(weights, shrunk, mass)
     slopes = drawn_to_layer(moments.slope, mass, moments.tokens)
-    columns = experts.down.float().square().sum(1).repeat(1, slopes.shape[1] // experts.intermediate_size)
+    down = experts.down.float()
+    columns = (down * down).sum(1).repeat(1, slopes.shape[1] // experts.intermediate_size)
     rows = (slopes * columns).sqrt()
-    return Matrix(weights, shrunk, mass, rows.clamp_min(1e-3 * float(rows.mean()) or 1.0))
+    return Matrix(weights, shrunk, mass, rows.clamp_min(1e-3 * total(rows) / rows.numel() or 1.0))
 
 
 def assembled(experts: DenseExperts, fitted: dict[str, Fitted]) -> FactoredExperts:

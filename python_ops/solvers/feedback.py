@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from resmoe_kernels.payload import Payload, nearest_codes, search_scales
+from resmoe_kernels.products import one_thread, product
 from resmoe_kernels.python_ops.solvers.moments import lower_roots
 
 BLOCK = 128  # columns whose feedback is applied one by one; to those behind them it goes in one product
@@ -26,8 +27,8 @@ class Coded(NamedTuple):
 def feedback_factors(moments: Tensor) -> Tensor:
     """C (E, K, K) float32, upper triangular, H^-1 = C^T C: row k says how columns after k make up for column k."""
     roots = lower_roots(moments)
-    inverse = torch.cholesky_inverse(roots)
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    with one_thread():
+        return torch.linalg.cholesky(torch.cholesky_inverse(roots), upper=True).float()
 
 
 def feedback_codes(values: Tensor, factors: Tensor, payload: Payload) -> Coded:
@@ -63,7 +64,9 @@ def feedback_codes(values: Tensor, factors: Tensor, payload: Payload) -> Coded:
             errors[..., at] = error
             block[..., at + 1 :] -= error.unsqueeze(-1) * factors[:, k, k + 1 : stop].unsqueeze(1)
         if stop < columns:
-            work[..., stop:] -= errors @ factors[:, start:stop, stop:]
+            shared = factors.expand(len(work), -1, -1)
+            for e, own in enumerate(errors):
+                work[e, :, stop:] -= product(own, shared[e, start:stop, stop:])
     return Coded(codes, torch.stack(scales, -1))
 
 
@@ -82,7 +85,7 @@ def unbiased(coded: Coded, payload: Payload, target: Tensor, moments: Tensor) ->
 
     target: (E, N, K), what the codes were made for;  moments: (E, K, K)
     """
-    image = target.float() @ moments.float()
+    image = torch.stack([product(t.float(), m.float()) for t, m in zip(target, moments, strict=True)])
     whole = (image * target).sum(-1)
     along = (image * decoded(coded, payload)).sum(-1)
     alpha = torch.where((along > 0) & (whole > 0), whole / along.clamp_min(torch.finfo(torch.float32).tiny), 1.0)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from resmoe_kernels.payload import Payload, decode, encode, pack_codes
+from resmoe_kernels.products import product
 from resmoe_kernels.python_ops.solvers.factorize import RANK_BLOCK, block_energies, bought_ranks
 from resmoe_kernels.python_ops.solvers.feedback import (
     Coded,
@@ -104,7 +105,7 @@ def fit_low_rank(
         center = base_under(weights, matrix.moments, matrix.mass)
         for _ in range(rounds):
             pairs = (factorised(e) for e in range(count))
-            targets = torch.stack([w - u.T @ v for w, (u, v) in zip(weights, pairs, strict=True)])
+            targets = torch.stack([w - product(u.T, v) for w, (u, v) in zip(weights, pairs, strict=True)])
             center = base_under(targets, matrix.moments, matrix.mass)
         center, stored_base = stored_under(center, matrix.pooled(), base)
     us, vs, made = [], [], []
@@ -114,7 +115,7 @@ def fit_low_rank(
         u, kept_u = _rounded(u, Payload(factors.bits, 0) if isinstance(factors, Payload) else factors)
         us.append(kept_u)
         vs.append(kept_v)
-        made.append(center + u.T @ v)
+        made.append(center + product(u.T, v))
     return Fitted(torch.stack(made), stored_base, _joined(us), _joined(vs), tuple(ranks))
 
 
@@ -189,7 +190,7 @@ def rank_gains(problem: Matrix, center: Tensor) -> Tensor:
     """
     roots, energies = lower_roots(problem.moments), []
     for e, share in enumerate(problem.mass.tolist()):
-        seen = (problem.weights[e].double() - center.double()) @ roots[e]
+        seen = product(problem.weights[e].double() - center.double(), roots[e])
         if problem.rows is not None:
             seen *= problem.rows[e].double().unsqueeze(1)
         energies.append(share * block_energies(spectrum(seen)))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from resmoe_kernels.products import one_thread, product
+
 
 def base_under(targets: Tensor, moments: Tensor, weights: Tensor) -> Tensor:
     """B with the least sum_e c_e tr((T_e - B) H_e (T_e - B)^T),  T_e = W_e - R_e.
@@ -20,8 +22,10 @@ def base_under(targets: Tensor, moments: Tensor, weights: Tensor) -> Tensor:
     for target, moment, share in zip(targets, moments, c, strict=True):
         weighted = share * moment.double()
         normal += weighted
-        right += target.double() @ weighted
-    root, failed = torch.linalg.cholesky_ex(normal)
+        right += product(target.double(), weighted)
+    with one_thread():
+        root, failed = torch.linalg.cholesky_ex(normal)
     if bool(failed):
         raise ValueError("moments: their weighted sum is singular; shrink them towards the identity, ridge above 0")
-    return torch.cholesky_solve(right.T, root).T.float()
+    with one_thread():
+        return torch.cholesky_solve(right.T, root).T.float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from resmoe_kernels.products import one_thread, product
 from resmoe_kernels.python_ops.solvers.svd import truncated_svd
 
 
@@ -21,8 +22,9 @@ def low_rank_under(
     Returns u (rank, N), v (rank, K) float32 with U = u^T, and sigma (rank,) float64, what is kept of D W L.
     """
     weighted = matrix.double() if rows is None else matrix.double() * rows.double().unsqueeze(1)
-    u, v, sigma = truncated_svd(weighted @ root, rank)
-    v = torch.linalg.solve_triangular(root, v.double(), upper=False, left=False)
+    u, v, sigma = truncated_svd(product(weighted, root), rank)
+    with one_thread():
+        v = torch.linalg.solve_triangular(root, v.double(), upper=False, left=False)
     u = u.double() if rows is None else u.double() / rows.double()
     return u.float(), v.float(), sigma
 
@@ -32,12 +34,14 @@ def refitted_u(matrix: Tensor, moment: Tensor, v: Tensor) -> Tensor:
 
     matrix: (N, K);  moment: (K, K);  v: (rank, K). Rows of zeros in v get zeros.
     """
-    image = moment.double() @ v.double().T
-    gram = v.double() @ image
+    image = product(moment.double(), v.double().T)
+    gram = product(v.double(), image)
     scale = gram.diagonal().clamp_min(0).sqrt()
     safe = torch.where(scale > 0, scale, 1.0)
     normal = gram / safe.unsqueeze(0) / safe.unsqueeze(1)
     normal.diagonal().add_(1e-10)  # rows of zeros, and rows that 2 bits have made equal
     normal.diagonal()[scale == 0] = 1.0
-    right = (matrix.double() @ image / safe).T
-    return (torch.cholesky_solve(right, torch.linalg.cholesky(normal)) / safe.unsqueeze(1)).float()
+    right = (product(matrix.double(), image) / safe).T
+    with one_thread():
+        solved = torch.cholesky_solve(right, torch.linalg.cholesky(normal))
+    return (solved / safe.unsqueeze(1)).float()

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from resmoe_kernels.products import one_thread, product
+
 HITS = 256.0  # tokens' worth of the layer's moment that every expert is given
 
 
@@ -62,7 +64,8 @@ def lower_roots(moments: Tensor) -> Tensor:
     for exponent in (None, *range(-8, -1)):
         damping = 0.0 if exponent is None else 10.0**exponent
         damped = wide + torch.diag_embed((damping * mean).unsqueeze(-1).expand(wide.shape[:-1]))
-        root, failed = torch.linalg.cholesky_ex(damped)
+        with one_thread():
+            root, failed = torch.linalg.cholesky_ex(damped)
         if not bool(failed.any()):
             return root
     raise ValueError(
@@ -72,5 +75,6 @@ def lower_roots(moments: Tensor) -> Tensor:
 
 def moment_error(difference: Tensor, moments: Tensor, rows: Tensor | None = None) -> Tensor:
     """tr(D (W - W') H (W - W')^T D), (E,) float64. difference: (E, N, K);  moments: (E, K, K);  rows: D (E, N)"""
-    per_row = ((difference @ moments.to(difference)) * difference).sum(-1, dtype=torch.float64)
-    return (per_row if rows is None else per_row * rows.double().square()).sum(-1)
+    image = torch.stack([product(d, m.to(d)) for d, m in zip(difference, moments, strict=True)])
+    per_row = (image * difference).sum(-1, dtype=torch.float64)
+    return (per_row if rows is None else per_row * rows.double() * rows.double()).sum(-1)

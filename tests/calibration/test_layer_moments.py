@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from resmoe_kernels.python_ops.calibration.calibrate import collect
-from resmoe_kernels.python_ops.calibration.layer_moments import LayerMoments, activated, moments_nbytes
+from resmoe_kernels.python_ops.calibration.layer_moments import LayerMoments, MomentSums, activated, moments_nbytes
 from resmoe_kernels.python_ops.calibration.statistics import Statistics, moments_file
 from resmoe_kernels.python_ops.models.dense_model import DenseModel
 from tests import families
+from tests.threaded_library import threads
 
 TOKENS = (torch.arange(60).view(3, 20) * 7) % 61 + 3
 KEYS = ("x", "index", "weight", "logits")
@@ -106,3 +107,17 @@ def test_moments_follow_their_neurons():
         for a, k in enumerate(order):
             assert torch.equal(moved.down[e, a], moments.down[e, k][order])
             assert moved.slope[e, a] == moments.slope[e, k] and moved.slope[e, inner + a] == moments.slope[e, inner + k]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_with_any_number_of_threads(dtype):
+    experts = DenseModel(families.build("mixtral")).read(0)
+    x, weight = torch.randn(600, experts.hidden_size), torch.rand(600)  # enough for threads to share out
+    found = []
+    for count in (1, 3):
+        with threads(count), torch.no_grad():
+            sums = MomentSums(experts, "silu")
+            sums.add(0, x.to(dtype), weight)
+            found.append(sums.result())
+    for name in NAMES:
+        assert torch.equal(*(getattr(f, name) for f in found)), name

@@ -16,6 +16,7 @@ from resmoe_kernels.python_ops.cli import method_for
 from resmoe_kernels.python_ops.methods.named import method_named
 from resmoe_kernels.python_ops.models.dense_model import DenseModel
 from tests import families
+from tests.threaded_library import threads
 
 TOKENS = (torch.arange(240).view(12, 20) * 7) % 61 + 3
 
@@ -45,7 +46,7 @@ class OneLayer:
         return plan, method(self.dense, plan=plan, statistics=statistics)
 
 
-@pytest.mark.parametrize("size", [0.12, 0.2, 0.3])
+@pytest.mark.parametrize("size", [0.14, 0.2, 0.3])  # below 0.1203 there is no room for a base
 @pytest.mark.parametrize("shared", [0.0, 3.0])
 def test_what_is_planned_is_stored_within_the_size(size, shared):
     layer = OneLayer(shared)
@@ -127,6 +128,36 @@ def test_an_expert_without_tokens_gets_the_layers_moments():
         sums[2] = 0
     _, made = layer.compressed(Stats(held), size=0.15)
     assert bool(torch.isfinite(made.weights.materialize().gate_up).all())
+
+
+FITS = {
+    "low rank": ("fit", {"size": 0.12, "base": "never"}),
+    "low rank on a base": ("fit", {"size": 0.14, "base": "always", "rounds": 1}),
+    "codes": ("fit", {"size": 0.3}),
+    "resmoe": ("resmoe", {"residual": "lowrank", "retain": 0.2, "bits": 4}),
+    "quantise": ("quantise", {"bits": 2}),
+}
+
+
+@pytest.mark.parametrize("data", [True, False])
+@pytest.mark.parametrize("name", FITS)
+def test_a_fit_has_the_same_bits_with_any_number_of_threads(name, data):
+    """One layer, of which tests/jobs/test_threads.py would take minutes in a checkpoint."""
+    method, settings = FITS[name]
+    layer, found = OneLayer(1.0), []
+    statistics = Stats(moments(layer)) if data else None
+    for count in (1, 3):
+        with threads(count):
+            if method == "fit":
+                plan, made = layer.compressed(statistics, **settings)
+            else:
+                plan, made = None, method_named(method, settings)(layer.dense, statistics=statistics)
+        forms = {m: plan[m] for m in MATRICES} if plan else None
+        found.append((made.weights.tensors(), forms, dataclasses.asdict(made.report)))
+    (one, *others), (other, *theirs) = found
+    assert one.keys() == other.keys()
+    assert [n for n in one if not torch.equal(one[n], other[n])] == []
+    assert others == theirs
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])

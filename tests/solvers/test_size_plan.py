@@ -84,3 +84,24 @@ def test_what_is_left_buys_ranks():
 def test_a_budget_that_nothing_fits_names_the_least():
     with pytest.raises(ValueError, match="size: the least that these layers can be stored in is 36 bytes, got 35"):
         plan_sizes(LAYERS, 35)
+
+
+def test_a_form_between_two_prices_is_found():
+    """Of one layer the middle form is the best in 30 bytes, and no price of a byte takes it: it is above the line from
+    the first to the last."""
+    forms = [ranked(10, 10, [[1, 0.5], [0.1, 0]], 2), whole(6, 30, "middle"), whole(0, 40, "last")]
+    layers = [[{"up": forms}], [{"up": forms}]]
+    for count in (1, 2):
+        taken = plan_sizes(layers[:count], 30 * count)
+        assert [layer["up"].form["name"] for layer in taken] == ["middle"] * count
+    other = [[{"up": [whole(6, 30, "another"), whole(0, 40, "last")]}]]
+    assert plan_sizes([layers[0], *other], 60)[1]["up"].form["name"] == "last"  # forms differ: by price alone
+
+
+@pytest.mark.parametrize(("lost", "differ"), [(9.0, False), (5.0, True)])
+def test_forms_differ_by_layer_only_where_that_loses_clearly_less(lost, differ):
+    """Alike: 5 + 5 in 40 bytes. By price the second layer is left at the cheap form, and the first has more for it."""
+    forms = [whole(9, 10, "cheap"), whole(5, 20, "middle"), whole(0.5, 30, "dear")]
+    other = [whole(lost, 10, "cheap"), whole(5, 20, "middle"), whole(4.9, 30, "dear")]
+    names = [layer["up"].form["name"] for layer in plan_sizes([[{"up": forms}], [{"up": other}]], 40)]
+    assert names == (["dear", "cheap"] if differ else ["middle", "middle"])
