@@ -24,7 +24,14 @@ LARGE = 1 << 15  # elements that torch shares out among threads
 class LibraryWithThreads(TorchDispatchMode):
     """Torch on a library that computes a little differently with every number of threads: products, decompositions,
     functions of many elements, sums of many to one number. It knows the calling thread alone: what others compute, on
-    one thread each, is as it is."""
+    one thread each, is as it is.
+
+    noise: by how much a result differs for each thread, or 4 ulp. What is stored is float32 at most: of a few ulp of
+    float64 on the way little would be seen there."""
+
+    def __init__(self, noise: float) -> None:
+        super().__init__()
+        self.noise = noise
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
         result = function(*arguments, **(named or {}))
@@ -37,16 +44,16 @@ class LibraryWithThreads(TorchDispatchMode):
         if packet in PRODUCTS or packet in DECOMPOSITIONS or one_by_one:
             for tensor in outputs:
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                    tensor.mul_(1 + threads * 4 * torch.finfo(tensor.dtype).eps)
+                    tensor.mul_(1 + threads * max(self.noise, 4 * torch.finfo(tensor.dtype).eps))
         return result
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
+def threads(count: int, noise: float = 0.0) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
-        with LibraryWithThreads():
+        with LibraryWithThreads(noise):
             yield
         assert torch.get_num_threads() == count
     finally:

@@ -147,7 +147,7 @@ def test_a_fit_has_the_same_bits_with_any_number_of_threads(name, data):
     layer, found = OneLayer(1.0), []
     statistics = Stats(moments(layer)) if data else None
     for count in (1, 3):
-        with threads(count):
+        with threads(count, noise=1e-3):
             if method == "fit":
                 plan, made = layer.compressed(statistics, **settings)
             else:
