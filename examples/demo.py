@@ -1,4 +1,4 @@
-"""The main job on the bundled model: compress it both ways, load each result, measure it beside the dense model."""
+"""The main job on the bundled model: compress it three ways, load each result, measure it beside the dense model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import resmoe_kernels as rk
-from resmoe_kernels.python_ops.cli import continuation, inspect_checkpoint
+from resmoe_kernels.python_ops.cli import continuation
 from resmoe_kernels.python_ops.models.layer import FactoredExpertsLayer
 from resmoe_kernels.python_ops.models.layouts import expert_nbytes
 
@@ -32,29 +32,33 @@ def main() -> None:
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     folders = {"dense": DENSE}
-    for residual in ("lowrank", "sparse"):
-        name = f"{residual} {RETAIN:g}"
-        folders[name] = arguments.out / f"tiny-mixtral-{residual}"
-        print(f"\n{name}: resmoe compress {DENSE} {folders[name]} --residual {residual} --retain {RETAIN:g}")
-        rk.compress(DENSE, folders[name], method="resmoe", residual=residual, retain=RETAIN)
+    for residual, bits in (("lowrank", 16), ("lowrank", 4), ("sparse", 16)):
+        name = f"{residual} {RETAIN:g}" + (f", {bits} bits" if bits < 16 else "")
+        folders[name] = arguments.out / f"tiny-mixtral-{residual}-{bits}"
+        command = f"resmoe compress {DENSE} {folders[name]} --residual {residual} --retain {RETAIN:g} --bits {bits}"
+        print(f"\n{name}: {command}")
+        rk.compress(DENSE, folders[name], method="resmoe", residual=residual, retain=RETAIN, bits=bits)
 
-    table = Table("", "expert bytes", "of dense", "perplexity", "tokens/s", "relative weight error", "experts run on")
+    table = Table(
+        "", "expert bytes", "of dense", "bits per weight", "KL from dense", "perplexity", "tokens/s", "experts run on"
+    )
+    dense = AutoModelForCausalLM.from_pretrained(DENSE).eval()
     sizes, continuations = {}, {}
     for name, folder in folders.items():
         print(f"\n{name}: {folder}")
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         limit = 2048 if arguments.quick else None
-        result = rk.evaluate(model, tokenizer, text=arguments.text, stride=256, limit=limit)
+        result = rk.evaluate(model, tokenizer, text=arguments.text, stride=256, limit=limit, against=dense)
         sizes[name] = expert_nbytes(model)
-        error = 0.0 if name == "dense" else mean_error(folder)
         table.add_row(
             name,
             f"{sizes[name]:,}",
             f"{sizes[name] / sizes['dense']:.3f}",
+            f"{16 * sizes[name] / sizes['dense']:.2f}",
+            f"{result['kl']:.4f}",
             f"{result['perplexity']:.2f}",
             f"{result['tokens_per_second']:,.0f}",
-            f"{error:.4f}",
             backend_of(model),
         )
         continuations[name] = continuation(model, tokenizer, PROMPT, 24)
@@ -62,7 +66,7 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print()
     console.print(table)
-    console.print("Bytes count everything stored: the shared base, the residuals and their indices.")
+    console.print("Bytes count everything stored: the shared base, the residuals, their indices and scales.")
     for name, text in continuations.items():
         console.print(f"[bold]{name}[/bold]: {PROMPT} … {escape(repr(text.strip()))}", highlight=False)
     console.print(f"The compressed models are in {arguments.out}", soft_wrap=True)
@@ -72,12 +76,6 @@ def backend_of(model: nn.Module) -> str:
     """What runs the experts, as the first factored layer explains it."""
     layer = next((m for m in model.modules() if isinstance(m, FactoredExpertsLayer)), None)
     return "transformers" if layer is None else layer.explain().splitlines()[0].partition(": ")[2]
-
-
-def mean_error(folder: Path) -> float:
-    """Mean over the layers of the relative weight error recorded at compression."""
-    rows = inspect_checkpoint(folder)
-    return sum(row["relative_error"] for row in rows) / len(rows)
 
 
 if __name__ == "__main__":

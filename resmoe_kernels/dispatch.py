@@ -41,11 +41,21 @@ def missing(backend: str) -> str | None:
         if not torch.cuda.is_available():
             return "torch finds no GPU and its driver"
         major, minor = torch.cuda.get_device_capability()
-        return None if major >= 8 else f"this GPU is an sm_{major}{minor}, and the kernels need sm_80 or later"
+        if major < 8:
+            return f"this GPU is an sm_{major}{minor}, and the kernels need sm_80 or later"
+        # These have 99 KiB of shared memory; what they would run, code of sm_80 or PTX of sm_100, fills more.
+        if (major, minor) in ((8, 6), (8, 7)) or major == 12:
+            return f"this GPU is an sm_{major}{minor}, and no kernel is compiled for its shared memory"
+        return None
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
-    if not torch.cuda.is_available() and not interprets():
+    if interprets():
+        return None
+    if not torch.cuda.is_available():
         return "torch finds no GPU and its driver"
+    if torch.version.hip is not None:
+        # A barrier there does not wait for stores, so that the sums of several programs may miss some of them.
+        return "this is an AMD GPU, where the sums that programs share are not ordered yet"
     return None
 
 

@@ -31,12 +31,16 @@ def test_the_python_example_runs(tmp_path):
 
 
 def test_the_demo_table_is_there_and_its_bytes_are_true(tmp_path):
-    rows = dict(re.findall(r"^\| (dense|lowrank 0\.25|sparse 0\.25) \| ([\d,]+) \|", README, re.MULTILINE))
-    for residual in ("lowrank", "sparse"):
-        out = rk.compress(REPO / "examples" / "tiny-mixtral", tmp_path / residual, residual=residual, progress=False)
-        layers = inspect_checkpoint(out)
+    rows = dict(
+        re.findall(r"^\| (dense|lowrank 0\.25|lowrank 0\.25, 4 bits|sparse 0\.25) \| ([\d,]+) \|", README, re.MULTILINE)
+    )
+    forms = {"lowrank 0.25": ("lowrank", 16), "lowrank 0.25, 4 bits": ("lowrank", 4), "sparse 0.25": ("sparse", 16)}
+    assert rows.keys() == {"dense", *forms}
+    for name, (residual, bits) in forms.items():
+        dense, out = REPO / "examples" / "tiny-mixtral", tmp_path / name
+        layers = inspect_checkpoint(rk.compress(dense, out, residual=residual, bits=bits, progress=False))
         assert rows["dense"] == f"{sum(layer['bytes_dense'] for layer in layers):,}"
-        assert rows[f"{residual} 0.25"] == f"{sum(layer['bytes_now'] for layer in layers):,}"
+        assert rows[name] == f"{sum(layer['bytes_now'] for layer in layers):,}"
 
 
 def test_the_speeds_shown_are_those_of_the_results():

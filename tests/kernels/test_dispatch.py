@@ -93,3 +93,31 @@ def test_calls_go_where_the_table_says_unless_a_backend_is_asked_for(gpu, layer,
     sentence = "^experts: the cuda kernels do not serve biases; use backend"
     with resmoe_kernels.backend("cuda"), pytest.raises(ValueError, match=sentence):
         takes_cuda(1)
+
+
+@pytest.mark.parametrize(
+    "capability, words",
+    [
+        ((8, 0), None),
+        ((8, 9), None),
+        ((9, 0), None),
+        ((10, 3), None),
+        ((7, 5), "the kernels need sm_80 or later"),
+        ((8, 6), "no kernel is compiled for its shared memory"),
+        ((12, 0), "no kernel is compiled for its shared memory"),
+    ],
+)
+def test_gpus_that_the_cuda_kernels_cannot_run_on_are_named(monkeypatch, capability, words):
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    reason = dispatch.missing("cuda")
+    assert reason == words or (words is not None and reason.endswith(words) and "sm_" in reason)
+
+
+def test_amd_is_refused_by_name(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert dispatch.missing("triton") is None
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert dispatch.missing("triton").startswith("this is an AMD GPU")
