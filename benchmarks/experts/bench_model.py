@@ -99,7 +99,11 @@ def implementations(form: str, arguments: argparse.Namespace) -> tuple[str, ...]
 def in_own_process(model: str, form: str, implementation: str) -> list[dict]:
     """The rows of one model; none, and a line that says why, where it does not fit."""
     chosen = ["--model", model, "--form", form, "--alone", implementation]  # of options given twice the last counts
-    result = subprocess.run([sys.executable, *sys.argv, *chosen], stdout=subprocess.PIPE, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.experts.bench_model", *sys.argv[1:], *chosen],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     if result.returncode in (NO_ROOM, -signal.SIGKILL):
         reason = result.stdout.strip() or "the system killed it, most likely for memory"
         console.print(f"{model} {form} {implementation} is left out: {reason}", markup=False)

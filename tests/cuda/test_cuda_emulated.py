@@ -428,7 +428,7 @@ def test_experts_of_a_trained_model(device, generator, shared, residual):
     ],
 )
 def test_what_the_emulation_needs_is_named(monkeypatch, name, replacement, reason):
-    monkeypatch.setattr(f"emulated_cuda.{name}", replacement)
+    monkeypatch.setattr(f"tests.cuda.emulated_cuda.{name}", replacement)
     assert str(emulated_cuda.missing()).startswith(reason)
 
 
