@@ -141,7 +141,7 @@ def check_parts(
         matrix = matrix_of(name)
         letters = (_values_letters(tensors, matrix) if name.startswith("values_") else parts[name].letters).split()
         known = dict(sides[matrix]) if matrix else dict(sides["down"])
-        scope = {"G": "G", **{x: f"{x} {'' if joint else matrix}" for x in ("R", "n", "nnz")}}
+        scope = {"G": "G", "R": "R" if joint else f"R {matrix}", **{x: f"{x} {matrix}" for x in ("n", "nnz")}}
         known |= {letter: bound[key] for letter, key in scope.items() if key in bound}
         payload = parse_payloads(payloads).get(name)
         if payload is None:
