@@ -205,7 +205,7 @@ def _fitted(
     problems = [problem_of(experts, own, m, RIDGE) for m in MATRICES]
     base = storage.payload("base_gate_up") or dtype
     if residual == "lowrank":
-        ranks = list(allotted.values()) if allotted else ranks_under(problems, aligned.base, retain)
+        ranks = [allotted[m] for m in MATRICES] if allotted else ranks_under(problems, aligned.base, retain)
     made: dict[str, Fitted] = {}
     for i, matrix in enumerate(MATRICES):
         if progress is not None:

@@ -56,7 +56,8 @@ class ExpertsModule:
         """
         layer = self.layer_class(weights, self.activation)
         if change is not None:
-            change.check_fits(weights.num_experts, self.num_experts, part_router)
+            slots = self.num_experts - (0 if change.expert_of_slot is not None else self.identities)
+            change.check_fits(weights.num_experts, slots, part_router)
             if change.changes_choice:
                 change = as_asked(change, self.scoring(model), self.path)
                 change_choice(self.router(model), change)
@@ -64,6 +65,11 @@ class ExpertsModule:
         model.set_submodule(self.path, layer)
         untie(model, self.path)
         return layer
+
+    @property
+    def identities(self) -> int:
+        """Slots of the router that stand for no expert: a token that chooses one is passed on as it is."""
+        return 0
 
     def router(self, model: nn.Module) -> nn.Module:
         """The module that routes to these experts. Raises ValueError if there is none whose choice can be changed."""

@@ -115,6 +115,10 @@ class UnflaggedExperts(_Unflagged):
         (_, hidden, inner), slots = self.module.down_proj.shape, len(self.module.gate_up_proj)  # type: ignore[arg-type, misc, union-attr]
         return slots, hidden, inner  # type: ignore[return-value]
 
+    @property
+    def identities(self) -> int:
+        return len(self.module.gate_up_proj) - len(self.module.down_proj)  # type: ignore[arg-type]
+
     def read(self, parameters: Mapping[str, Tensor]) -> DenseExperts:
         gate_up, down = parameters["gate_up_proj"], parameters["down_proj"]
         return DenseExperts(gate_up[: len(down)], down)

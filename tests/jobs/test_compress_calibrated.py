@@ -94,8 +94,8 @@ def test_the_router_change_is_stored_restored_and_shown(calibrated, tmp_path):
     assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "again"))
 
 
-def test_xmoe_before_resmoe(calibrated, dense, tmp_path):
-    rk.compress(dense, tmp_path / "resmoe", progress=False)
+def test_xmoe_before_resmoe(calibrated, tmp_path):
+    calibrated(tmp_path / "resmoe", method="resmoe")
     calibrated(tmp_path / "out", method="xmoe+resmoe", experts_per_token=1.5)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert all(0 < spec["router"]["threshold"]["mass"] < 1 for spec in config["layers"].values())

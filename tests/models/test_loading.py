@@ -267,6 +267,9 @@ def test_damaged_indices_are_refused_on_disk_too(copy, tmp_path):
     tensors = load_file(path)
     tensors["model.layers.1.mlp.experts.mask_down"][1, 2, 0] = 1
     save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((copy / "config.json").read_text())
+    del config["quantization_config"]["digests"]  # which would tell, too
+    (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts\.mask_down: block layout keeps exactly 8"):
         AutoModelForCausalLM.from_pretrained(copy, device_map=_PLACES, offload_folder=tmp_path / "off")
 

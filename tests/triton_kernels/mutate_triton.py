@@ -65,7 +65,7 @@ FAULTS = [
         place_of_wrong_expert=("(at + 2, place_of(start, e)", "(at + 2, place_of(start, e - 1)"),
         # sparse
         up_sparse_of_gate=("row_offsets_ptr, row + I, n_ok, H", "row_offsets_ptr, row, n_ok, H"),
-        sparse_onto_base=("split += 1", "split += 0"),
+        sparse_onto_base=("(BASE_PARTS + split)", "(split)"),
         # bias and router weight
         gate_bias_missing=("gate += tl.load(bias_ptr", "gate += 0 * tl.load(bias_ptr"),
         up_bias_of_gate=("tl.load(bias_ptr + e * N + I + n", "tl.load(bias_ptr + e * N + n"),
