@@ -59,6 +59,23 @@ def test_the_speeds_shown_are_those_of_the_results():
             assert cell.strip() == f"{float(row['speedup']):.2f} ({float(row['ideal_speedup']):.2f})"
 
 
+def test_the_speeds_of_codes_shown_are_those_of_the_results():
+    with (REPO / "benchmarks" / "results" / "payloads.csv").open() as file:
+        ms = {(r["shape"], r["tokens"], r["implementation"]): float(r["p50_ms"]) for r in csv.DictReader(file)}
+    shapes = {"OLMoE": "olmoe", "Qwen3": "qwen3", "DeepSeek": "dsv2lite"}
+    forms = {
+        "base and low rank 25 % at 4 bits": "lowrank@4",
+        "base 4 + codes of 3 bits": "base4+full3",
+        "base 4 + codes of 2 bits": "base4+full2",
+    }
+    shown = re.findall(rf"^\| (\w+)[^|]*, ({'|'.join(map(re.escape, forms))}) \|(.*)\|$", README, re.MULTILINE)
+    assert len(shown) == len(shapes) * len(forms)
+    for shape, form, cells in shown:
+        for t, cell in zip(("1", "16", "512"), cells.split("|"), strict=True):
+            dense, plain, ours = (ms[shapes[shape], t, f"resmoe {name}"] for name in ("dense", "full4", forms[form]))
+            assert cell.strip() == f"{dense / ours:.2f} / {plain / ours:.2f}"
+
+
 COMMANDS = [shlex.split(line.split("#")[0]) for line in README.splitlines() if line.startswith("    resmoe ")]
 
 
